@@ -1,0 +1,50 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint bench lock wheel clean
+
+# uv makes the environment; it is installed into .tools where the machine has none.
+UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
+PY := .venv/bin/python
+export UV_PYTHON_DOWNLOADS := never
+export PYTHONDONTWRITEBYTECODE := 1
+unexport VIRTUAL_ENV
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
+
+.tools/bin/uv:
+	python3 -m pip install --quiet --disable-pip-version-check --target .tools uv
+
+.venv/.ready: requirements.lock pyproject.toml | $(filter .tools/bin/uv,$(UV))
+	$(UV) venv --quiet --allow-existing --python "$$(command -v python3.12 || command -v python3.11 || command -v python3)" .venv
+	$(UV) pip sync --quiet --python $(PY) --require-hashes requirements.lock
+	$(UV) pip install --quiet --python $(PY) --no-deps --editable .
+	@touch $@
+
+setup: .venv/.ready  ## make .venv from requirements.lock
+
+demo: setup  ## FSR on handwritten digits beside a plainly trained net: train, attack, table
+	$(PY) src/train.py experiment=demo
+
+test: setup  ## the tests, without the slow cells
+	$(PY) -m pytest -m "not slow"
+
+test-all: setup  ## every test
+	$(PY) -m pytest
+
+lint: setup  ## ruff and mypy
+	.venv/bin/ruff check src tests benchmarks
+	.venv/bin/ruff format --check src tests benchmarks
+	.venv/bin/mypy src
+
+bench: setup  ## the framework's own cost over a bare loop
+	$(PY) benchmarks/overhead.py
+
+lock: | $(filter .tools/bin/uv,$(UV))  ## compile requirements.lock anew
+	$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url --quiet --output-file requirements.lock
+
+wheel: setup  ## build dist/*.whl, with conf/ inside
+	$(UV) build --quiet --wheel --out-dir dist
+
+clean:  ## remove the environment and caches, keep outputs/
+	rm -rf .venv .tools dist .pytest_cache .mypy_cache .ruff_cache

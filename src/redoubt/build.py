@@ -1,0 +1,152 @@
+"""From a resolved config to objects; the only place that instantiates anything."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class, get_method
+from omegaconf import DictConfig, OmegaConf
+
+from redoubt import config
+from redoubt.attacks import PGD
+from redoubt.data import ImageData
+from redoubt.defenses import RobustModule
+from redoubt.errors import UserError
+from redoubt.training.schedule import Schedule
+
+#: A config may come with a stranger's checkpoint: nothing else is called. A user's own package is added by a
+#: line of the file ``redoubt.allow`` in the folder given with --config-dir.
+ALLOWED = (
+    "redoubt.attacks.",
+    "redoubt.objectives.",
+    "redoubt.defenses.",
+    "redoubt.nets.",
+    "redoubt.data.",
+    "redoubt.evaluation.",
+    "redoubt.training.loggers.",
+    "torch.optim.",
+)
+
+
+def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
+    """Calls ``_target_`` of a section with its other keys and ``more``.
+
+    Raises:
+        UserError: The target is not allowed or does not exist, or its constructor refuses a value; the message
+            begins with the section's key.
+    """
+    arguments = {**section, **more}
+    target = arguments.pop("_target_")
+    found = locate(str(target), key)
+    try:
+        return found(**arguments)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(f"{key}.") else f"{key}: {text}") from error
+    except TypeError as error:
+        raise UserError(f"{key}: {target} does not take these arguments: {error}") from error
+
+
+def locate(target: str, key: str) -> Any:
+    """The allowed callable of a dotted name."""
+    if not target.startswith((*ALLOWED, *_allowed_by_user())):
+        raise UserError(
+            f"{key}._target_={target!r} is not allowed: add its package to a file redoubt.allow in your --config-dir"
+        )
+    try:
+        return get_class(target)
+    except Exception:  # Hydra raises many kinds; a function is tried next, whose error tells more
+        try:
+            return get_method(target)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{key}._target_={target!r} cannot be imported: {reason}") from error
+
+
+def _allowed_by_user() -> tuple[str, ...]:
+    found: list[str] = []
+    for folder in config.search_path:
+        listing = Path(folder) / "redoubt.allow"
+        if listing.is_file():
+            lines = (line.strip() for line in listing.read_text().splitlines())
+            found += [f"{line.rstrip('.')}." for line in lines if line and not line.startswith("#")]
+    return tuple(found)
+
+
+def build_data(cfg: DictConfig) -> ImageData:
+    """The data module of a resolved config."""
+    return make(_plain(cfg.data), "data")
+
+
+def build_module(cfg: DictConfig) -> RobustModule:
+    """The module of a composed config, with fresh weights drawn from its seed; trains nothing.
+
+    Args:
+        cfg: As composed; resolved or not.
+
+    Raises:
+        UserError: A value out of range, or a base that the defense is not defined with.
+    """
+    tree = _plain(config.resolve(cfg))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(tree["seed"])
+        return _module(tree)
+
+
+def _module(tree: dict[str, Any]) -> RobustModule:
+    inner = make(tree["inner"], "inner")
+    objective = make(tree["base"], "base")
+    optimizer = dict(tree["optimizer"])
+    clip = optimizer.pop("clip", None)
+    make_optimizer = functools.partial(_make_optimizer, optimizer)
+    schedule = Schedule(**tree["schedule"], max_epochs=int(tree["trainer"]["max_epochs"]))
+    defense = locate(tree["defense"]["_target_"], "defense")
+    base = tree.get("axes", {}).get("base")
+    if base and base in STANDARD_BASES and base not in getattr(defense, "bases", (base,)):
+        raise UserError(
+            f"base={base} is not defined for this defense: take one of base={', '.join(defense.bases)}"
+        )
+    watched = tree["validation"]
+    return make(
+        tree["defense"],
+        "defense",
+        net=make(tree["model"], "model"),
+        objective=objective,
+        inner=inner,
+        optimizer=make_optimizer,
+        schedule=schedule,
+        validation=PGD(
+            eps=tree["threat"]["eps"],
+            norm=tree["threat"]["norm"],
+            steps=watched["steps"],
+            step=watched["step"],
+            start="none",
+        ),
+        num_classes=tree["data"]["num_classes"],
+        image_size=tree["data"]["image_size"],
+        seed=tree["seed"],
+        clip=clip,
+        accumulate=tree["trainer"]["accumulate"],
+        ema_decay=tree["ema"]["decay"],
+        ema_warmup=tree["ema"]["warmup"],
+        weights=tree["evaluation"]["weights"],
+        compile=tree["compile"],
+        channels_last=tree["channels_last"],
+    )
+
+
+STANDARD_BASES = ("standard", "at", "trades", "mart")
+
+
+def _make_optimizer(section: dict[str, Any], parameters: Any) -> Any:
+    return make(section, "optimizer", params=parameters, **({} if "fused" in section else {"fused": True}))
+
+
+def _plain(section: DictConfig) -> dict[str, Any]:
+    tree = OmegaConf.to_container(section, resolve=True)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}

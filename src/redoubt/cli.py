@@ -1,0 +1,150 @@
+"""The command line: ``redoubt train | eval | runs``. Composes, checks, hands over; knows no mathematics."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from redoubt import config
+from redoubt.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import; composing and --help must not wait for it
+    from omegaconf import DictConfig
+
+    from redoubt.defenses import RobustModule
+
+COMMANDS = {
+    "train": "train a cell of the grid, attack the result, record it",
+    "eval": "attack a finished run or any weights",
+    "runs": "ls | show | rm | prune the runs of the store",
+}
+
+
+def build_module(cfg: DictConfig) -> RobustModule:
+    """The module of a composed config, with fresh weights; see `redoubt.build.build_module`."""
+    from redoubt.build import build_module
+
+    return build_module(cfg)
+
+
+def main(command: str | None = None) -> None:
+    """Entry point of the console script and, with its command given, of the shims in ``src/``."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    if command is None:
+        command = arguments.pop(0) if arguments else "--help"
+    try:
+        code = _run(command, arguments)
+    except UserError as error:
+        code = _fail(str(error), debug)
+    except KeyboardInterrupt:
+        code = _fail("stopped by the keyboard", False) and 130
+    except SystemExit:
+        raise
+    except BaseException as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        code = _fail(line, debug)
+    sys.exit(code)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command == "--child":
+        return _child(arguments[0])
+    if command == "runs":
+        from redoubt.runs.commands import main as runs
+
+        return runs(arguments)
+    if command in ("train", "eval"):
+        return _hydra(command, arguments)
+    if command in ("-h", "--help", "help"):
+        print("usage: redoubt COMMAND [key=value ...] [--debug]\n")
+        print("\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items()))
+        print("\nredoubt COMMAND --help shows a command's keys and groups.")
+        return 0
+    raise UserError(f"{command!r} is no command{config.did_you_mean(command, list(COMMANDS))}")
+
+
+def _hydra(command: str, arguments: list[str]) -> int:
+    """Composes by Hydra's own command line, with its errors shown by us."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    for i, argument in enumerate(arguments):
+        if argument in ("--config-dir", "-cd") and i + 1 < len(arguments):
+            config.search_path.append(os.path.abspath(arguments[i + 1]))
+        elif argument.startswith("--config-dir="):
+            config.search_path.append(os.path.abspath(argument.split("=", 1)[1]))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing its own many lines
+    config.register_resolvers()
+
+    @hydra.main(version_base="1.3", config_path=config.config_dir(), config_name=command)
+    def task(cfg: DictConfig) -> Any:
+        hydra_config = HydraConfig.get()
+        overrides = list(hydra_config.overrides.task)
+        return _job(command, config.with_axes(cfg, dict(hydra_config.runtime.choices)), overrides)
+
+    sys.argv = [f"redoubt {command}", *arguments]
+    task()
+    return 0
+
+
+def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
+    """One job in as many processes as it asks for."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("fsspec", "urllib3", "matplotlib", "torch", "filelock", "git"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from redoubt import jobs
+    from redoubt.training.distributed import companions
+
+    job = {"command": command, "config": cfg, "overrides": overrides, "config_dirs": config.search_path}
+    with companions(job, jobs.processes(cfg)):
+        return jobs.run(command, cfg, overrides)
+
+
+def _child(file: str) -> int:
+    """A further process of a job, started by `companions` with the job's own config."""
+    from omegaconf import OmegaConf
+
+    job = OmegaConf.load(file)
+    config.search_path[:] = list(job.config_dirs)
+    config.register_resolvers()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    from redoubt import jobs
+
+    jobs.run(str(job.command), job.config, list(job.overrides))
+    return 0
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell a user of an error that is not ours; None where it is a defect of the program."""
+    module = type(error).__module__
+    if module.startswith(("hydra.", "omegaconf.", "antlr4.")):
+        return config.explain(error)
+    text = str(error)
+    memory = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+    if isinstance(error, MemoryError) or any(m in text for m in memory):
+        return (
+            "out of memory: lower data.batch_size, or raise trainer.accumulate, which cuts the same batch into "
+            "micro-batches"
+        )
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; see paths.outputs, paths.data and data.root"
+    return None
+
+
+def _fail(line: str, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"redoubt: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Composing, checking and reading configs; no torch here, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from redoubt.errors import UserError
+from redoubt.units import as_number
+
+#: The axes of the grid, each a config group.
+AXES = ("model", "defense", "base", "data", "attack")
+
+_FRACTION = re.compile(r"\s*[-+\d.eE]+\s*/\s*[-+\d.eE]+\s*")
+
+#: Further folders of configs (``--config-dir``), as the process was started with.
+search_path: list[str] = []
+
+
+def config_dir() -> str:
+    """The folder ``conf/``: inside an installed package, else at the top of the source tree."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return str(inside if inside.is_dir() else package.parents[1] / "conf")
+
+
+def register_resolvers() -> None:
+    """``${ratio:a,b}`` is a / b; ``${rounded:x,a,b}`` is b where x equals a, else x."""
+    for name, function in (("ratio", _ratio), ("rounded", _rounded)):
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def _ratio(a: float | str, b: float | str) -> float:
+    return as_number(a, "ratio") / as_number(b, "ratio")
+
+
+def _rounded(x: float | str, a: float | str, b: float | str) -> float | str:
+    try:
+        same = abs(as_number(x, "eps") - as_number(a, "eps")) < 1e-9
+    except UserError:
+        return x  # no number: the check that follows names the key
+    return as_number(b, "eps") if same else x
+
+
+def compose(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
+    """The config that the command line ``overrides`` would give, with its axes noted.
+
+    Raises:
+        UserError: An override names what does not exist.
+    """
+    register_resolvers()
+    extra = [f"hydra.searchpath=[{','.join(f'file://{p}' for p in search_path)}]"] if search_path else []
+    state = GlobalHydra.instance()
+    outer = state.hydra
+    state.clear()
+    try:
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            cfg = hydra_compose(config_name, [*overrides, *extra], return_hydra_config=True)
+    except Exception as error:
+        raise UserError(explain(error)) from error
+    finally:
+        state.clear()
+        if outer is not None:
+            state.initialize(outer)
+    choices = dict(cfg.hydra.runtime.choices)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return with_axes(cfg, choices)
+
+
+def with_axes(cfg: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
+    """Notes under ``axes`` which option of each axis was chosen, and the recipe files that were found."""
+    OmegaConf.set_struct(cfg, False)
+    cfg.axes = {name: str(choices[name]) for name in AXES if choices.get(name)}
+    cfg.axes.recipes = [
+        f"{group}/{choice}"
+        for group, choice in choices.items()
+        if (group.startswith("recipe/") or group in ("schedule", "experiment")) and _exists(group, choice)
+    ]
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+def _exists(group: str, choice: Any) -> bool:
+    if choice in (None, "default"):
+        return False
+    return any((Path(folder) / group / f"{choice}.yaml").is_file() for folder in (config_dir(), *search_path))
+
+
+def resolve(cfg: DictConfig) -> DictConfig:
+    """A copy with every interpolation resolved, fractions as floats and derived defaults filled in.
+
+    Raises:
+        UserError: A value is missing, an interpolation fails, or a value is out of its range.
+    """
+    try:
+        missing = OmegaConf.missing_keys(cfg)
+        if missing:
+            raise UserError(f"{sorted(missing)[0]} is missing: give it on the command line")
+        tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except (InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(tree, dict)
+    _evaluate_fractions(tree, "")
+    if tree["evaluation"]["weights"] is None:
+        tree["evaluation"]["weights"] = "student" if tree["ema"]["decay"] is None else "ema"
+    check(tree)
+    resolved = OmegaConf.create(tree)
+    OmegaConf.set_struct(resolved, True)
+    return resolved
+
+
+def _evaluate_fractions(tree: Any, prefix: str) -> None:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, (dict, list)):
+            _evaluate_fractions(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and _FRACTION.fullmatch(value):
+            tree[key] = as_number(value, f"{prefix}{key}")
+
+
+def check(tree: Mapping[str, Any]) -> None:
+    """Rejects values that would train or attack something else than what was meant.
+
+    Raises:
+        UserError: Unknown top-level key, or a number that is none or out of its range.
+    """
+    known = top_level_keys()
+    for key in tree:
+        if key not in known:
+            raise UserError(f"{key} is not a key of this config{did_you_mean(key, known)}")
+    size = tree["data"]["image_size"]
+    for owner in ("threat", "inner", "attack"):
+        section = tree[owner]
+        norm = section.get("norm", tree["threat"]["norm"])
+        if norm not in ("linf", "l2"):
+            raise UserError(f"{owner}.norm={norm!r} is not known: take linf or l2")
+        eps = section["eps"] = as_number(section["eps"], f"{owner}.eps")
+        largest = 1.0 if norm == "linf" else (3.0 * size * size) ** 0.5
+        if not 0.0 <= eps <= largest:
+            raise UserError(
+                f"{owner}.eps={eps:g} is outside [0, {largest:.4g}], the range of {norm} distances between images "
+                "with pixels in [0, 1]: eps is in pixel units, as 8/255"
+            )
+    for key, least in _NUMBERS.items():
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None and as_number(value, key) < least:
+            raise UserError(f"{key}={value} must be at least {least:g}")
+
+
+#: Numbers and the least value of each.
+_NUMBERS = {
+    "optimizer.lr": 0.0,
+    "optimizer.momentum": 0.0,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip": 0.0,
+    "trainer.max_epochs": 1,
+    "trainer.accumulate": 1,
+    "data.batch_size": 2,
+    "evaluation.chunk": 1,
+    "inner.steps": 0,
+    "inner.step": 0.0,
+    "validation.every": 1,
+    "validation.steps": 0,
+}
+
+
+def top_level_keys() -> set[str]:
+    """Every key that the root configs and their groups write."""
+    keys = {"axes", "run", "checkpoint"}
+    for name in ("train", "eval"):
+        root = OmegaConf.load(Path(config_dir()) / f"{name}.yaml")
+        assert isinstance(root, DictConfig)
+        keys |= {str(k) for k in root if k not in ("defaults", "hydra")}
+        for entry in root.get("defaults", []):
+            if isinstance(entry, DictConfig):
+                keys |= {str(k) for k in entry if " " not in str(k)}
+    return keys
+
+
+def did_you_mean(word: str, known: Iterator[str] | set[str] | Sequence[str]) -> str:
+    """": did you mean ...?" with the nearest names, or the list of them where none is near."""
+    names = sorted(map(str, known))
+    near = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
+    if near:
+        return f": did you mean {' or '.join(near)}? There are {', '.join(names)}"
+    return f": there are {', '.join(names)}" if names else ""
+
+
+def explain(error: BaseException) -> str:
+    """Hydra's and OmegaConf's errors in one line that names the key and what exists."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = str(error)
+    cause: BaseException | None = error
+    while cause is not None:  # the innermost error names the key
+        text = str(cause) or text
+        cause = cause.__cause__
+    group = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
+    if group:
+        options = re.search(r"Available options in '[^']*':\s*(.*?)\s*Config search path", str(error), re.S)
+        names = options.group(1).split() if options else []
+        return f"{group[1]}={group[2]} does not exist{did_you_mean(group[2], names)}"
+    unknown = re.search(r"Could not override '([^']+)'", str(error))
+    if unknown:
+        key = unknown[1]
+        where = re.search(r"Key '([^']+)' is not in struct", text)
+        return f"{key} is not a key of this config{_siblings(key)}" if where else f"{key}: {_first(text)}"
+    key = getattr(error, "full_key", None)
+    first = _first(str(error) if key else text)
+    return f"{key}: {first}" if key and key not in first else first
+
+
+def _first(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else "the configuration could not be composed"
+
+
+def _siblings(key: str) -> str:
+    """Near names beside a key that does not exist."""
+    try:
+        cfg = compose([])
+        parent, _, leaf = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        names = [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []
+        if not parent:
+            names = [n for n in names if n != "axes"]
+        return did_you_mean(leaf, names)
+    except Exception:  # a hint must never hide the error that it explains
+        return ""

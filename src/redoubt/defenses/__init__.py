@@ -1,0 +1,4 @@
+"""Defenses: one LightningModule per file; `RobustModule` is itself ``defense=none``."""
+
+from redoubt.defenses.fsr import FSR as FSR
+from redoubt.defenses.module import RobustModule as RobustModule

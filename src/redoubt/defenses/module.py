@@ -1,0 +1,349 @@
+"""`RobustModule`: one training step of any objective; it is itself ``defense=none``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from redoubt.attacks import PGD
+from redoubt.data import Batch
+from redoubt.defenses import gradients as grad
+from redoubt.defenses.gradients import Gradient, Losses, Share
+from redoubt.defenses.tally import Tally, Watch
+from redoubt.errors import UserError
+from redoubt.nets import attack_mode
+from redoubt.objectives import Objective
+from redoubt.rng import generator
+from redoubt.training.ema import EMA
+from redoubt.training.schedule import Schedule
+
+
+class RobustModule(LightningModule):
+    """Adversarial training of one net by one objective.
+
+    A defense derives from it and overrides what it changes: ``run``, ``draw_noise`` and ``auxiliary`` (more
+    losses on the same forward), ``terms``, ``update`` (other gradients or steps) or ``after_step``. Optimisation is
+    manual throughout, so that clipping, precision, accumulation, schedules and ranks take one path.
+
+    Args:
+        net: Maps pixels [B, 3, H, W] in [0, 1] to logits [B, K].
+        objective: The inner loss and the outer terms.
+        inner: The attack that crafts training examples; one without steps leaves the images as they are.
+        optimizer: Makes the optimizer from parameters; it must be a fused one of torch (its step is called off
+            on the device when a loss is not finite).
+        schedule: Factor on the learning rate.
+        validation: The attack whose accuracy is watched after each epoch.
+        num_classes, image_size: Of the data.
+        seed: Of every random number drawn here.
+        clip: Largest norm of the whole gradient, or None.
+        accumulate: Micro-batches per step; BatchNorm sees one micro-batch at a time.
+        ema_decay, ema_warmup: Weight averaging; None switches it off.
+        weights: Which weights are validated and evaluated, ``student`` or ``ema``.
+        compile: Compile the net (torch.compile).
+        channels_last: Memory format of net and images.
+    """
+
+    #: Bases that the defense is defined with.
+    bases: tuple[str, ...] = ("standard", "at", "trades", "mart")
+
+    def __init__(
+        self,
+        *,
+        net: nn.Module,
+        objective: Objective,
+        inner: PGD,
+        optimizer: Callable[..., Optimizer],
+        schedule: Schedule,
+        validation: PGD,
+        num_classes: int,
+        image_size: int,
+        seed: int = 0,
+        clip: float | None = None,
+        accumulate: int = 1,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
+        weights: str = "student",
+        compile: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        if weights not in ("student", "ema") or (weights == "ema" and ema_decay is None):
+            raise UserError(
+                f"evaluation.weights={weights!r}: take student, or ema where ema.decay is set (it is {ema_decay})"
+            )
+        if accumulate < 1:
+            raise UserError(f"trainer.accumulate={accumulate} must be at least 1")
+        if clip is not None and clip <= 0:
+            raise UserError(f"optimizer.clip={clip} must be positive; null switches clipping off")
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.net = net.to(memory_format=self.format)
+        self.objective, self.inner, self.validation = objective, inner, validation
+        self.make_optimizer, self.schedule = optimizer, schedule
+        self.num_classes, self.image_size, self.seed = num_classes, image_size, seed
+        self.clip, self.accumulate, self.weights = clip, accumulate, weights
+        self.ema = EMA(self.net, decay=ema_decay, warmup=ema_warmup) if ema_decay is not None else None
+        self.scale: grad.LossScale | None = None
+        self.steps_done = 0
+        self.share: Share | None = None
+        self.tally, self.watch = Tally(), Watch()
+        if compile:
+            self.run = torch.compile(self.run)  # type: ignore[method-assign]
+
+    # ---- what every attack sees -------------------------------------------------------------------------------
+
+    def run(self, x: Tensor, noise: Any = None) -> tuple[Tensor, Any]:
+        """One forward of the net: (logits, side outputs). This function is what is compiled.
+
+        Args:
+            x: Pixels [B, 3, H, W].
+            noise: What ``draw_noise`` gave, in a training forward; None where the forward is deterministic.
+        """
+        return self.net(x), ()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Deterministic logits [B, K] of pixels [B, 3, H, W], at least float32. What every attack sees."""
+        return _at_least_float32(self.run(x)[0])
+
+    forward = logits
+
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """Inside, the net holds the weights that are evaluated (``weights``)."""
+        with self.ema.applied() if self.weights == "ema" and self.ema else nullcontext():
+            yield
+
+    # ---- one training step ------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        x = batch.x.contiguous(memory_format=self.format)
+        self.share = Share(batch.start, len(x), batch.total)
+        progress = self.steps_done / self.steps_per_epoch
+        for optimizer in self.raw_optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.schedule.factor(progress)
+        adv = torch.cat([self.craft(x[part], batch.y[part]) for part in self.micro_batches()])
+        self.update(x, adv, batch.y)
+        self.share = None
+        self.after_step()
+
+    def craft(self, x: Tensor, y: Tensor) -> Tensor:
+        """Training examples [B, 3, H, W]: ``objective.inner`` over ``logits``, raised by the inner attack."""
+        if not self.inner.steps:
+            return x
+        rows = (self.share.first, self.share.total) if self.share else None
+        start = self.inner.start_point(x, generator=self.generator("inner", x.device), rows=rows)
+        with attack_mode(self.net):
+            clean = None
+            if self.objective.inner_needs_clean:
+                with torch.no_grad():
+                    clean = self.logits(x)
+            return self.inner(lambda adv: self.objective.inner(self.logits(adv), y, clean), x, start=start)
+
+    def terms(self, x: Tensor, adv: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Every training forward of the step: {name: weighted loss}, batch means; their sum is the loss."""
+        clean = self.training_logits(x, "clean")[0] if self.objective.needs_clean else None
+        logits, sides = self.training_logits(adv, "adv")
+        self.tally.add("accuracy_adv", (logits.detach().argmax(1) == y).float().mean(), len(y))
+        return self.objective.outer(logits, y, clean) | self.auxiliary(logits, sides, y)
+
+    def training_logits(self, x: Tensor, purpose: str) -> tuple[Tensor, Any]:
+        """Logits [B, K] in training mode, and the side outputs of the same forward.
+
+        Args:
+            x: Examples [B, 3, H, W].
+            purpose: Which forward of the step this is; names its random numbers.
+        """
+        logits, sides = self.run(x, self.draw_noise(x, purpose))
+        return _at_least_float32(logits), sides
+
+    def draw_noise(self, x: Tensor, purpose: str) -> Any:
+        """The random numbers of a training forward; none here."""
+        return None
+
+    def auxiliary(self, logits: Tensor, sides: Any, y: Tensor) -> dict[str, Tensor]:
+        """A defense's own weighted terms on what was crafted; none here."""
+        return {}
+
+    def update(self, x: Tensor, adv: Tensor, y: Tensor) -> None:
+        """Gradients, clipping, step."""
+        params = list(self.parameters())
+        (gradient,) = self.gradients(lambda *batch: [self.loss(*batch)], [params], x, adv, y)
+        self.step(self.raw_optimizers()[0], params, gradient)
+
+    def after_step(self) -> None:
+        """What follows the step: averaging, and the module's own count of steps."""
+        if self.ema is not None:
+            self.ema.update(self.steps_done)
+        self.steps_done += 1
+
+    # ---- pieces of the step -----------------------------------------------------------------------------------
+
+    def loss(self, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
+        """The sum of ``terms``, each noted for the epoch's log."""
+        terms = self.terms(x, adv, y)
+        loss = torch.stack(list(terms.values())).sum()
+        for name, value in {"loss": loss, **terms}.items():
+            self.tally.add(name, value.detach(), len(y))
+        self.watch.loss(loss.detach())
+        return loss
+
+    def gradients(
+        self, losses: Losses, params: Sequence[Sequence[nn.Parameter]], x: Tensor, adv: Tensor, y: Tensor
+    ) -> list[Gradient]:
+        """Gradient of each loss with respect to its own parameters, of the mean over the global batch.
+
+        Args:
+            losses: Maps a micro-batch (x, adv, y) to scalars of one graph, each a mean over its examples.
+            params: For each loss the parameters that it trains.
+            x, adv, y: This rank's share of the global batch.
+
+        Returns:
+            For each loss a list like its parameters: unscaled, float32, equal on all ranks; None where no
+            gradient reaches.
+        """
+        if self.scale is None and self.precision_is("16-mixed"):
+            self.scale = grad.LossScale(x.device)
+        share = self.share or Share(0, len(x), len(x))
+        total: list[Gradient] | None = None
+        for part, piece in share.split(self.accumulate):
+            with self.within(piece):
+                values = losses(x[part], adv[part], y[part])
+            weight = piece.count / piece.total
+            new = grad.differentiate(values, params, weight, None if self.scale is None else self.scale.scale)
+            total = grad.add(total, new)
+        assert total is not None
+        grad.sum_over_ranks([self.watch.bad, *(g for one in total for g in one if g is not None)])
+        self.watch.bad.clamp_(max=1.0)
+        return total
+
+    def step(self, optimizer: Optimizer, params: Sequence[nn.Parameter], gradient: Gradient) -> None:
+        """Clips the gradient and steps; the step is called off, on the device, if anything is not finite."""
+        present = [g for g in gradient if g is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
+        overflow = (~norm.isfinite()).float()
+        if self.scale is None:
+            self.watch.gradient(overflow)
+        else:
+            self.scale.update(overflow)
+        if self.clip is not None:
+            torch._foreach_mul_(present, (self.clip / (norm + 1e-6)).clamp(max=1.0))
+        self.tally.add("grad_norm", norm, 1)
+        for p, g in zip(params, gradient, strict=True):
+            p.grad = None if g is None else g.to(p.dtype)
+        # Read by torch's fused optimizers: 1 leaves weights and momentum as they are.
+        cast(Any, optimizer).found_inf = torch.maximum(self.watch.bad, overflow)
+        optimizer.step()
+        for p in params:
+            p.grad = None
+
+    def micro_batches(self) -> Iterator[slice]:
+        """The micro-batches' rows in turn, with ``share`` set to each while it is worked on."""
+        assert self.share is not None
+        for part, piece in self.share.split(self.accumulate):
+            with self.within(piece):
+                yield part
+
+    @contextmanager
+    def within(self, piece: Share) -> Iterator[None]:
+        """``share`` is ``piece`` inside: which rows of the step's random numbers are taken."""
+        whole, self.share = self.share, piece
+        try:
+            yield
+        finally:
+            self.share = whole
+
+    def generator(self, purpose: str, device: torch.device, *counters: int) -> torch.Generator:
+        """The random numbers of this step for one purpose."""
+        return generator(self.seed, purpose, self.steps_done, *counters, device=device)
+
+    def precision_is(self, name: str) -> bool:
+        """Whether the attached trainer computes in the precision ``name``."""
+        return self._trainer is not None and str(self.trainer.precision) == name
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; 1 outside a fit."""
+        return int(self.trainer.num_training_batches) if self._trainer is not None else 1
+
+    # ---- Lightning ----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        optimizer = self.make_optimizer(self.parameters())
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise UserError(
+                "optimizer: this one has no fused step, which a loss that is not finite needs to be called off: "
+                "take torch.optim.SGD or AdamW with fused: true"
+            )
+        return [optimizer]
+
+    def raw_optimizers(self) -> list[Optimizer]:
+        """The optimizers themselves: Lightning's wrappers count each one's step as a global step."""
+        found = self.optimizers(use_pl_optimizer=False)
+        return list(found) if isinstance(found, list) else [cast(Optimizer, found)]
+
+    def on_fit_start(self) -> None:
+        if self.ema is not None:
+            self.ema.to(self.device)
+        self.watch.start(self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.watch.look(self.steps_done)
+
+    def on_train_epoch_end(self) -> None:
+        self.watch.look(self.steps_done, now=True)
+        self.log_dict({f"train/{k}": v for k, v in self.tally.means().items()}, sync_dist=False)
+        self.log("lr", self.raw_optimizers()[0].param_groups[0]["lr"])
+
+    def on_validation_start(self) -> None:
+        # A loss that was not finite has spoilt BatchNorm's statistics: no metric is made from them.
+        if self.trainer.state.fn == "fit":
+            self.watch.look(self.steps_done, now=True)
+        self._validation = Tally()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if not len(batch.x):
+            return
+        x = batch.x.contiguous(memory_format=self.format)
+        with self.evaluated_weights(), attack_mode(self.net):
+            adv = self.validation(lambda v: nn.functional.cross_entropy(self.logits(v), batch.y, reduction="none"), x)
+            for name, images in (("clean", x), ("pgd", adv)):
+                with torch.no_grad():
+                    right = (self.logits(images).argmax(1) == batch.y).float().mean()
+                self._validation.add(name, right, len(x))
+
+    def on_validation_epoch_end(self) -> None:
+        probe = self.trainer.datamodule.probe_name  # type: ignore[attr-defined]
+        for name, value in self._validation.means().items():
+            label = f"pgd{self.validation.steps}" if name == "pgd" else name
+            self.log(f"{probe}/{label}", value)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["redoubt"] = {
+            "steps_done": self.steps_done,
+            "tally": self.tally.state_dict(),
+            "scale": self.scale.state_dict() if self.scale else None,
+            "ema": self.ema.average if self.ema else None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["redoubt"]
+        self.steps_done = state["steps_done"]
+        self.tally.load_state_dict(state["tally"])
+        if state["scale"] is not None:
+            self.scale = grad.LossScale(self.device)
+            self.scale.load_state_dict(state["scale"])
+        if self.ema is not None:
+            self.ema.load(state["ema"])
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

@@ -1,0 +1,168 @@
+"""What ``train`` and ``eval`` do, as lists of steps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from redoubt import config
+from redoubt.build import build_data, build_module
+from redoubt.data import ImageData
+from redoubt.errors import UserError
+from redoubt.evaluation.record import evaluate
+from redoubt.nets import load_backbone
+from redoubt.reporting.table import results_table
+from redoubt.runs import running
+from redoubt.runs.identity import plain
+from redoubt.runs.store import Store
+from redoubt.training.distributed import leave, ranks, started_by_launcher
+from redoubt.training.trainer import accelerator, devices, make_trainer
+
+log = logging.getLogger("redoubt")
+console = Console()
+
+
+def processes(cfg: DictConfig) -> int:
+    """How many processes this machine gives to the job."""
+    return 1 if cfg.get("plan") else devices(config.resolve(cfg))
+
+
+def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
+    """One job, in this process of it."""
+    cfg = config.resolve(cfg)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        _connect(cfg)
+        return {"train": train, "eval": evaluate_only}[command](cfg, overrides)
+    finally:
+        leave()
+
+
+def _connect(cfg: DictConfig) -> None:
+    """Joins the process group, before anything is decided that all processes must decide alike."""
+    if devices(cfg) == 1 and int(cfg.trainer.num_nodes) == 1 and not started_by_launcher():
+        return
+    if accelerator(cfg) == "cpu":  # the processes share this machine's cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices(cfg)))
+    strategy: Any = make_trainer(cfg, Path(), []).strategy
+    strategy.setup_environment()
+
+
+def train(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
+    """Trains the cell, attacks it, records it and prints the table."""
+    if cfg.plan:
+        from redoubt.reporting.plan import show_plan
+
+        show_plan(cfg, console)
+        return None
+    if cfg.trainer.fast_dev_run:
+        with tempfile.TemporaryDirectory() as folder:
+            return _fast_dev_run(cfg, folder)
+    data = _data(cfg)
+    run = running.train(cfg, data)
+    results = [running.evaluate_run(cfg, data, run)]
+    if cfg.evaluation.beside:
+        twin, other = running.find_or_make(cfg, data, defense="none", base=str(cfg.evaluation.beside))
+        results.append(running.evaluate_run(twin, data, other))
+    _show(results, run.folder)
+    return results[0]
+
+
+def _fast_dev_run(cfg: DictConfig, folder: str) -> dict[str, Any]:
+    """One training, one validation and one evaluation batch of the cell and of its natural twin, kept nowhere."""
+    cfg.paths.outputs = folder
+    data = _data(cfg)
+    cells = [cfg]
+    if cfg.evaluation.beside:
+        cells.append(running.twin_config(cfg, defense="none", base=str(cfg.evaluation.beside)))
+    results = []
+    for cell in cells:
+        module = running._fit(cell, data, None)
+        device = running.compute_device(cell)
+        axes = {**{k: cell.axes[k] for k in config.AXES}, "seed": cell.seed}
+        facts = {"run": "fast_dev_run", "axes": axes, "checkpoint": "none", "weights": "student", "train_seconds": None}
+        results.append(
+            evaluate(
+                module.to(device).eval(), data, plain(cell), facts=facts, weights_id="none", folder=None,
+                limit=int(data.batch_size), device=device,
+            )  # fmt: skip
+        )
+    _show(results, None)
+    return results[0]
+
+
+def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """Attacks a finished run, or a file of weights in the net that ``model`` and ``defense`` name."""
+    if (cfg.run is None) == (cfg.checkpoint is None):
+        raise UserError("eval wants either run=<folder or name> or checkpoint=<file> with model=... data=...")
+    if cfg.run is not None:
+        run = Store(cfg.paths.outputs).find(str(cfg.run))
+        cfg = of_run(run.config(), cfg, overrides)
+        results = running.evaluate_run(cfg, _data(cfg), run)
+        _show([results], run.folder)
+        return results
+    data = _data(cfg)
+    module = build_module(cfg)
+    load_backbone(module.net, Path(str(cfg.checkpoint)))
+    device = running.compute_device(cfg)
+    name = Path(str(cfg.checkpoint)).stem
+    axes = {**{k: cfg.axes[k] for k in config.AXES}, "seed": cfg.seed}
+    facts = {"run": name, "axes": axes, "checkpoint": str(cfg.checkpoint), "weights": "student", "train_seconds": None}
+    folder = Path(cfg.paths.outputs) / "eval"
+    results = evaluate(
+        module.to(device).eval(), data, plain(cfg), facts=facts, weights_id=running.weights_hash(module),
+        folder=folder, device=device,
+    )  # fmt: skip
+    _show([results], folder / results["evaluation"])
+    return results
+
+
+def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """The run's own config with the attack, evaluation and devices asked for now.
+
+    What the command line says of data and threat is taken too: where the images lie, how many, at which eps.
+    """
+    merged = OmegaConf.create(stored)
+    said = {o.lstrip("+~").split("=", 1)[0] for o in overrides}
+    for key in said:
+        if key.split(".")[0] in ("model", "defense", "base", "seed", "inner", "optimizer", "schedule") or key == "data":
+            raise UserError(f"{key} is the run's own and cannot be changed for an evaluation: leave it out")
+    for key in ("trainer", "evaluation", "paths"):
+        OmegaConf.update(merged, key, {**merged[key], **cfg[key]}, merge=False)
+    merged.trainer.precision = stored["trainer"]["precision"]
+    for key in sorted(said):
+        if key.startswith(("data.", "threat.")):
+            OmegaConf.update(merged, key, OmegaConf.select(cfg, key))
+    if not any(key.startswith(("evaluation.weights",)) for key in said):
+        merged.evaluation.weights = stored["evaluation"]["weights"]
+    # The attack is composed anew under the run's threat model, which its eps interpolates.
+    kept = [o for o in overrides if o.lstrip("+~").startswith(("attack=", "attack.", "threat"))]
+    kept = kept if any(k == "threat" or k.startswith("threat.") for k in said) else [
+        *kept, f"threat.norm={stored['threat']['norm']}", f"threat.eps={stored['threat']['eps']}",
+    ]  # fmt: skip
+    attack = config.compose([*kept, f"data={stored['axes']['data']}"])
+    OmegaConf.resolve(attack.attack)
+    merged.attack = attack.attack
+    merged.axes.attack = attack.axes.attack
+    return config.resolve(merged)
+
+
+def _data(cfg: DictConfig) -> ImageData:
+    data = build_data(cfg)
+    data.prepare_data()
+    return data
+
+
+def _show(results: list[dict[str, Any]], folder: Path | None) -> None:
+    if ranks()[0] != 0:
+        return
+    console.print(results_table(results))
+    print(f"run: {folder}" if folder is not None else "fast_dev_run: nothing was stored", file=sys.stdout, flush=True)

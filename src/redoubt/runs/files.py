@@ -1,0 +1,139 @@
+"""Files that are either the old ones or the new ones, never half of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from redoubt.errors import UserError
+
+#: How a file that is being written begins. What a killed process left is found, and removed, by it.
+TEMPORARY = ".tmp-"
+
+
+def cannot_write(path: Path | str, error: BaseException) -> UserError:
+    """The line for a file or folder that could not be written, with the remedy."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(
+        f"cannot write {path}: {reason}; make room or give permission there, "
+        "or choose another folder with paths.outputs=<folder>"
+    )
+
+
+@contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside ``path``, which becomes ``path`` if the body succeeds.
+
+    The body creates the file. It is then synced and renamed, so a crash at any moment leaves the old file
+    or the new one. The temporary name keeps the ending (``numpy.savez`` appends one that it misses).
+
+    Args:
+        path: The file to write; missing folders above it are made.
+
+    Raises:
+        UserError: The file could not be written (no permission, disk full, read-only). The old one is intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        try:
+            yield temporary
+        except (OSError, RuntimeError) as error:
+            reason = _write_error(error, temporary)
+            if reason is None:
+                raise
+            raise cannot_write(path, reason) from error
+        try:
+            _sync(temporary)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # some file systems cannot sync a folder; the file itself is synced
+        _sync(path.parent)
+
+
+def _write_error(error: OSError | RuntimeError, temporary: Path) -> BaseException | None:
+    """What went wrong in writing, or None where the body failed over something else."""
+    if isinstance(error, OSError):
+        return error if error.filename is None or Path(str(error.filename)) == temporary else None
+    if "inline_container" in str(error):  # how torch.save reports a full disk
+        cause = error.__context__
+        return cause if isinstance(cause, OSError) else OSError("disk full, or a limit on the size of files")
+    return None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write ``data`` atomically; see :func:`atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write ``text`` as UTF-8 atomically; see :func:`atomic`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write ``value`` as indented JSON atomically; NumPy's and torch's scalars become numbers."""
+    write_text(path, json.dumps(value, indent=2, default=_scalar) + "\n")
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no place in a JSON file")
+
+
+def read_json(path: Path | str) -> dict[str, Any] | None:
+    """The mapping in a JSON file, or None where there is no such file or it is damaged."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def sha256(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``; only for whoever holds the lock of its run."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):
+            left.unlink()
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files under ``folder``; links and files that vanish meanwhile count nothing."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total

@@ -1,0 +1,240 @@
+"""Training through the store: find the run, continue it, or answer from it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from redoubt import config
+from redoubt.build import build_data, build_module, make
+from redoubt.data import ImageData
+from redoubt.defenses import RobustModule
+from redoubt.errors import UserError
+from redoubt.evaluation.record import evaluate
+from redoubt.runs import files
+from redoubt.runs.identity import identity, plain, redacted
+from redoubt.runs.loading import checkpoint_file, load, read_checkpoint
+from redoubt.runs.store import Run, Store
+from redoubt.training.distributed import ranks
+from redoubt.training.progress import ProgressBar
+from redoubt.training.recorder import Recorder, Stopped, strip
+from redoubt.training.trainer import device_name, make_trainer
+
+log = logging.getLogger("redoubt")
+
+
+def identify(cfg: DictConfig, data: ImageData) -> str:
+    """The identity of a resolved config; every process must find the same."""
+    digest = identity(cfg, data.fingerprint("train"))
+    found = broadcast(digest)
+    if found != digest:
+        raise UserError(f"rank {ranks()[0]} would train run {digest}, rank 0 trains {found}: their configs differ")
+    return digest
+
+
+def train(cfg: DictConfig, data: ImageData) -> Run:
+    """The finished run of a resolved config: answered from the store, continued, or trained.
+
+    Raises:
+        UserError: Whatever the user can mend; the run's status then says why.
+    """
+    digest = identify(cfg, data)
+    store = Store(cfg.paths.outputs)
+    rank, _ = ranks()
+    name = None
+    if rank == 0:
+        name = store.open(cfg.axes, cfg.seed, digest, plain(cfg), devices=[device_name(cfg)]).name
+    run = Run(store.folder / str(broadcast(name)))
+    with run.lock() if rank == 0 else nullcontext():
+        if broadcast(run.status["state"] == "done" if rank == 0 else None):
+            note(f"run {run.name} is finished: answered from {run.folder}")
+            return run
+        if rank == 0:
+            run.update(state="running", max_epochs=int(cfg.trainer.max_epochs))
+        with failures_noted(run if rank == 0 else None):
+            _fit(cfg, data, run)
+        if rank == 0:
+            run.update(state="done")
+            if cfg.runs.keep != "all":
+                for file in filter(Path.is_file, (run.last, run.best)):
+                    strip(file)
+        barrier()
+    return run
+
+
+def _fit(cfg: DictConfig, data: ImageData, run: Run | None) -> RobustModule:
+    """Trains, into a run's folder or (None) nowhere."""
+    module = build_module(cfg)
+    best: tuple[str, ...] = ()
+    if data.val_fraction > 0:
+        clean, robust = "val/clean", f"val/pgd{cfg.validation.steps}"
+        best = (clean,) if cfg.axes.base == "standard" else (robust, clean)
+    recorder = Recorder(run, every=cfg.trainer.checkpoint_every, best=best)
+    loggers = []
+    if run is not None and cfg.logger.get("_target_") and ranks()[0] == 0:
+        more = {"folder": run.folder, "name": run.name, "config": redacted(plain(cfg))}
+        loggers.append(make(plain(cfg.logger), "logger", **more))
+    with tempfile.TemporaryDirectory() if run is None else nullcontext(run.folder) as folder:
+        bar = ProgressBar(enabled=bool(cfg.trainer.progress), title=cfg.axes.defense + "+" + cfg.axes.base)
+        trainer = make_trainer(cfg, Path(folder), [bar, recorder], loggers)
+        resume = None
+        if run is not None and broadcast(run.last.is_file()):
+            read_checkpoint(run.last)  # a damaged one ends here in one line
+            resume = str(run.last)
+        note(
+            f"{'resuming' if resume else 'training'} {run.name if run else '(fast_dev_run)'} | recipe "
+            f"{', '.join(cfg.axes.recipes) or 'default'} | {device_name(cfg)} | {cfg.trainer.precision}"
+        )
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        finally:
+            for logger in loggers:
+                logger.finalize("success")
+                close = getattr(logger.experiment, "finish", None)
+                if close is not None:
+                    close()
+    if run is not None:
+        expected = data.steps_per_epoch(ranks()[1]) * int(cfg.trainer.max_epochs)
+        if module.steps_done != expected:
+            raise RuntimeError(f"{module.steps_done} steps were trained where {expected} were due")
+    return module
+
+
+def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
+    """Results of attacking a finished run as ``cfg`` says, from the store where they are."""
+    which = str(cfg.evaluation.checkpoint)
+    file = checkpoint_file(run, which)
+    device = compute_device(cfg)
+    weights = str(cfg.evaluation.weights)
+    module = load(run, checkpoint=which, weights=weights).to(device)
+    facts = {
+        "run": run.name,
+        "axes": {**{k: run.config()["axes"][k] for k in ("model", "defense", "base", "data")},
+                 "attack": cfg.axes.attack, "seed": run.config()["seed"]},
+        "checkpoint": which,
+        "weights": weights,
+        "train_seconds": run.status.get("train_seconds"),
+    }  # fmt: skip
+    return evaluate(
+        module, data, plain(cfg), facts=facts, weights_id=f"{weights_hash(module)}", folder=run.eval, device=device
+    )
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """SHA-256 over names and bytes of a net's parameters and buffers."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_or_make(cfg: DictConfig, data: ImageData, *, defense: str, base: str) -> tuple[DictConfig, Run]:
+    """Another cell on the same model, data, limits, split, seed, precision and devices, trained if need be.
+
+    Its epochs, optimizer and schedule come from its own recipe, or from ``natural.*``; never from ``cfg``.
+
+    Args:
+        cfg: Resolved config of the cell that asks.
+        data: Its data.
+        defense, base: Of the cell that is wanted.
+
+    Returns:
+        The composed, resolved config and the finished run.
+    """
+    twin = twin_config(cfg, defense=defense, base=base)
+    return twin, train(twin, data)
+
+
+def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
+    """The resolved config that `find_or_make` trains."""
+    choices = [f"{axis}={cfg.axes[axis]}" for axis in ("model", "data", "attack")]
+    twin = config.compose([*choices, f"defense={defense}", f"base={base}"])
+    recipes = twin.axes.recipes
+    for key in ("model", "data", "threat", "attack", "evaluation", "validation", "paths", "logger", "runs"):
+        OmegaConf.update(twin, key, cfg[key], merge=False, force_add=True)
+    for key in ("seed", "compile", "channels_last"):
+        twin[key] = cfg[key]
+    own = OmegaConf.select(twin, "trainer.max_epochs")
+    twin.trainer = {**cfg.trainer, "max_epochs": own, "accumulate": 1}
+    twin.evaluation = {**cfg.evaluation, "weights": None, "checkpoint": "last", "beside": None}
+    for key, value in leaves(plain(cfg.natural)):
+        try:
+            OmegaConf.update(twin, key, value)
+        except Exception as error:
+            raise UserError(f"natural.{key}: {config.explain(error)}") from error
+    twin.axes.recipes = recipes
+    return config.resolve(twin)
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def compute_device(cfg: DictConfig) -> torch.device:
+    """Where this process computes outside of a fit."""
+    from redoubt.training.trainer import accelerator
+
+    if accelerator(cfg) == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def failures_noted(run: Run | None) -> Iterator[None]:
+    """Writes into the run's status how it ended, if it does not end well."""
+    try:
+        yield
+    except Stopped as stopped:
+        if run is not None:
+            run.update(state="interrupted", reason=f"stopped by signal {int(stopped.code or 128) - 128}")
+        raise
+    except KeyboardInterrupt:
+        if run is not None:
+            run.update(state="interrupted", reason="stopped by the keyboard")
+        raise
+    except BaseException as error:
+        if run is not None:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            try:
+                run.update(state="failed", reason=reason[:500])
+            except UserError:
+                log.warning("%s: the failure could not be noted", files.__name__)
+        raise
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if ranks()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def note(line: str) -> None:
+    """One log line, from rank 0."""
+    if ranks()[0] == 0:
+        log.info(line)

@@ -1,0 +1,117 @@
+"""Processes that train together: how they are started, and a strategy that does not wrap the module."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import OmegaConf
+from torch.nn import Module
+
+from redoubt.errors import UserError
+
+
+class PlainDDP(DDPStrategy):
+    """Lightning's launcher and process group, with the module left as it is.
+
+    The module averages its own gradients (`redoubt.defenses.gradients`); under a wrapping
+    DistributedDataParallel, gradients taken by ``torch.autograd.grad`` are never averaged.
+    """
+
+    def configure_ddp(self) -> None:
+        """Weights of rank 0 to all; they are equal already where every rank drew them from the same seed."""
+        assert self.model is not None
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            dist.broadcast(tensor.data, src=0)
+
+    def _register_ddp_hooks(self) -> None:  # there is no wrapper to register them on
+        return None
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world size) of this process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def average_buffers(module: Module) -> None:
+    """Averages floating buffers (BatchNorm's statistics) over ranks, in place."""
+    _, world = ranks()
+    if world == 1:
+        return
+    buffers = [b for b in module.buffers() if b.is_floating_point()]
+    if buffers:
+        flat = torch.cat([b.reshape(-1) for b in buffers])
+        dist.all_reduce(flat)
+        flat /= world
+        for buffer, piece in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(piece.view_as(buffer))
+
+
+@contextmanager
+def companions(job: dict[str, Any], world: int) -> Iterator[None]:
+    """Starts this machine's other processes and sees that none outlives this one.
+
+    Lightning's launcher would re-run the command line, in a multirun the whole sweep; each child here is given
+    the very config of this process, as a file. Does nothing where a launcher (torchrun, Slurm) started us.
+
+    Args:
+        job: What `redoubt.cli` needs to do the same: the command, the composed config, overrides, config_dirs.
+        world: Processes in all.
+
+    Raises:
+        UserError: A child ended with an error.
+    """
+    if world < 2 or started_by_launcher():
+        yield
+        return
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "NODE_RANK": "0"}
+    with tempfile.TemporaryDirectory(prefix="redoubt-") as folder:
+        file = Path(folder) / "job.yaml"
+        OmegaConf.save(OmegaConf.create(job), file)
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-m", "redoubt.cli", "--child", str(file)],
+                env={**os.environ, **common, "LOCAL_RANK": str(rank), "RANK": str(rank)},
+            )
+            for rank in range(1, world)
+        ]
+        mine = {**common, "LOCAL_RANK": "0", "RANK": "0"}
+        before = {name: os.environ.get(name) for name in mine}
+        os.environ.update(mine)
+        try:
+            yield
+            for rank, child in enumerate(children, 1):
+                if child.wait(timeout=60):
+                    raise UserError(f"rank {rank} ended with exit code {child.returncode}: see its message above")
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+            for name, value in before.items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def started_by_launcher() -> bool:
+    """Whether torchrun, Slurm or ourselves set the process's place already."""
+    return "LOCAL_RANK" in os.environ or ("SLURM_NTASKS" in os.environ and "SLURM_PROCID" in os.environ)
+
+
+def leave() -> None:
+    """Ends the process group: without it two processes on a CPU were seen to abort at exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

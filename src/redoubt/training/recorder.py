@@ -1,0 +1,159 @@
+"""What a run writes while it trains: metrics.csv, checkpoints, status."""
+
+from __future__ import annotations
+
+import csv
+import io
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from redoubt.errors import UserError
+from redoubt.runs.files import atomic, write_text
+from redoubt.runs.store import Run
+from redoubt.training.distributed import ranks
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop; it saved its place first. The exit code is the signal's."""
+
+
+class Recorder(Checkpoint):
+    """Writes a row of metrics and a checkpoint after every epoch, and a checkpoint when asked to stop.
+
+    Derived from Lightning's ``Checkpoint`` so that it runs after the module's own epoch end.
+
+    Args:
+        run: Where to write; None writes nothing (``fast_dev_run``).
+        every: Also save a checkpoint every so many steps.
+        best: Names of the metrics that choose ``best.ckpt``, the first decides, the next break ties; empty
+            where there is no validation split.
+    """
+
+    def __init__(self, run: Run | None, *, every: int | None = None, best: tuple[str, ...] = ()) -> None:
+        self.run, self.every, self.best = run, every, best
+        self.best_score: list[float] | None = None
+        self.stop: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._epoch_began, self._images = time.monotonic(), 0
+        self.seconds = 0.0  # of training, over all sessions of the run
+        self._since = time.monotonic()
+
+    # ---- signals ------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.monotonic()
+        if self.run is None:
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._handlers[number] = signal.signal(number, self._asked)
+            except ValueError:  # not in the main thread: whoever runs us there stops us otherwise
+                return
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _asked(self, number: int, frame: Any) -> None:
+        if self.stop is not None:  # asked twice: now
+            raise KeyboardInterrupt
+        self.stop = number
+
+    # ---- steps and epochs ---------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_began, self._images = time.monotonic(), 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += batch.total
+        due = self.every and pl_module.steps_done % int(self.every) == 0
+        if self.run is None or not (due or self.stop is not None):
+            return
+        # The module's own hook, which looks at the flag, runs after this one.
+        pl_module.watch.look(pl_module.steps_done, now=True)
+        self.save(trainer, self.run.last)
+        if self.stop is not None:
+            raise Stopped(128 + self.stop)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._train_seconds = time.monotonic() - self._epoch_began
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        elapsed = getattr(self, "_train_seconds", time.monotonic() - self._epoch_began)
+        pl_module.log("images_per_second", self._images / max(elapsed, 1e-9))
+        if self.run is None:
+            return
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        metrics["images_per_second"] = self._images / max(elapsed, 1e-9)
+        self._write_row(trainer, pl_module, metrics)
+        score = [metrics[name] for name in self.best if name in metrics]
+        if score and (self.best_score is None or score > self.best_score):
+            self.best_score = score
+            self.save(trainer, self.run.best)
+        self.save(trainer, self.run.last)
+        if ranks()[0] == 0:
+            self.run.update(epoch=trainer.current_epoch + 1, train_seconds=self.total_seconds())
+
+    def total_seconds(self) -> float:
+        """Seconds of training so far, over all sessions."""
+        return self.seconds + time.monotonic() - self._since
+
+    def save(self, trainer: Trainer, path: Path) -> None:
+        """Writes a checkpoint to a temporary name and renames it; every rank calls it."""
+        try:
+            if ranks()[0] == 0:
+                with atomic(path) as temporary:
+                    trainer.save_checkpoint(temporary)
+            else:
+                trainer.save_checkpoint(path)  # writes on rank 0 only, but waits for it
+        except OSError as error:
+            raise UserError(f"{path}: the checkpoint could not be written ({error}); see paths.outputs") from error
+
+    # ---- metrics.csv --------------------------------------------------------------------------------------------
+
+    def _write_row(self, trainer: Trainer, module: Any, metrics: dict[str, float]) -> None:
+        if ranks()[0] != 0:
+            return
+        assert self.run is not None
+        row = {"epoch": trainer.current_epoch + 1, "step": module.steps_done, **metrics}
+        # A row after the checkpoint that we resumed from is written again, not twice.
+        rows = [r for r in read_rows(self.run.metrics_file) if int(r["epoch"]) < row["epoch"]]
+        names = list(dict.fromkeys(name for r in (*rows, row) for name in r))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*rows, {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}])
+        write_text(self.run.metrics_file, text.getvalue())
+
+    # ---- saved with every checkpoint ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "seconds": self.total_seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score, self.seconds = state_dict["best_score"], state_dict["seconds"]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv as text; none where it does not exist yet."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def strip(path: Path) -> None:
+    """Leaves of a checkpoint what evaluation needs: live and averaged weights."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    kept = {k: checkpoint[k] for k in ("state_dict", "redoubt", "epoch", "global_step", "pytorch-lightning_version")}
+    with atomic(path) as temporary:
+        torch.save(kept, temporary)
