@@ -12,7 +12,6 @@ from hydra.utils import get_class, get_method
 from omegaconf import DictConfig, OmegaConf
 
 from redoubt import config
-from redoubt.attacks import PGD
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
@@ -110,7 +109,7 @@ def _module(tree: dict[str, Any]) -> RobustModule:
         raise UserError(
             f"base={base} is not defined for this defense: take one of base={', '.join(defense.bases)}"
         )
-    watched = tree["validation"]
+    watched = {**tree["threat"], "steps": tree["validation"]["steps"], "step": tree["validation"]["step"]}
     return make(
         tree["defense"],
         "defense",
@@ -119,13 +118,7 @@ def _module(tree: dict[str, Any]) -> RobustModule:
         inner=inner,
         optimizer=make_optimizer,
         schedule=schedule,
-        validation=PGD(
-            eps=tree["threat"]["eps"],
-            norm=tree["threat"]["norm"],
-            steps=watched["steps"],
-            step=watched["step"],
-            start="none",
-        ),
+        validation=make({"_target_": "redoubt.attacks.PGD", **watched, "start": "none"}, "validation"),
         num_classes=tree["data"]["num_classes"],
         image_size=tree["data"]["image_size"],
         seed=tree["seed"],

@@ -101,6 +101,7 @@ def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     from redoubt import jobs
     from redoubt.training.distributed import companions
 
+    cfg = config.resolve(cfg)
     job = {"command": command, "config": cfg, "overrides": overrides, "config_dirs": config.search_path}
     with companions(job, jobs.processes(cfg)):
         return jobs.run(command, cfg, overrides)

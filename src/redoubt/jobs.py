@@ -32,12 +32,11 @@ console = Console()
 
 def processes(cfg: DictConfig) -> int:
     """How many processes this machine gives to the job."""
-    return 1 if cfg.get("plan") else devices(config.resolve(cfg))
+    return 1 if cfg.plan else devices(cfg)
 
 
 def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
-    """One job, in this process of it."""
-    cfg = config.resolve(cfg)
+    """One job of a resolved config, in this process of it."""
     torch.set_float32_matmul_precision("highest")
     try:
         _connect(cfg)

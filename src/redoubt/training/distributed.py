@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +69,7 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
     the very config of this process, as a file. Does nothing where a launcher (torchrun, Slurm) started us.
 
     Args:
-        job: What `redoubt.cli` needs to do the same: the command, the composed config, overrides, config_dirs.
+        job: Plain, resolved: what `redoubt.cli` needs to do the same: the command, the composed config, overrides, config_dirs.
         world: Processes in all.
 
     Raises:
@@ -91,6 +93,7 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
             for rank in range(1, world)
         ]
         mine = {**common, "LOCAL_RANK": "0", "RANK": "0"}
+        threading.Thread(target=_end_with, args=(children,), daemon=True).start()
         before = {name: os.environ.get(name) for name in mine}
         os.environ.update(mine)
         try:
@@ -104,6 +107,18 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
                     child.kill()
             for name, value in before.items():
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _end_with(children: list[subprocess.Popen[bytes]]) -> None:
+    """Ends this process when a child has failed: else it would wait for it in a collective for minutes."""
+    while any(child.poll() is None for child in children):
+        time.sleep(0.2)
+        for rank, child in enumerate(children, 1):
+            if child.poll():
+                print(f"redoubt: rank {rank} ended with exit code {child.returncode}: see above", file=sys.stderr)
+                for other in children:
+                    other.kill()
+                os._exit(2)
 
 
 def started_by_launcher() -> bool:

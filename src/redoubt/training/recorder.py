@@ -46,7 +46,8 @@ class Recorder(Checkpoint):
 
     # ---- signals ------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: Lightning has installed a handler of its own by now, which would stop inside a validation.
         self._since = time.monotonic()
         if self.run is None:
             return
@@ -78,6 +79,8 @@ class Recorder(Checkpoint):
         due = self.every and pl_module.steps_done % int(self.every) == 0
         if self.run is None or not (due or self.stop is not None):
             return
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the epoch's end saves, after its metrics; resuming from here would skip them
         # The module's own hook, which looks at the flag, runs after this one.
         pl_module.watch.look(pl_module.steps_done, now=True)
         self.save(trainer, self.run.last)
@@ -102,6 +105,8 @@ class Recorder(Checkpoint):
         self.save(trainer, self.run.last)
         if ranks()[0] == 0:
             self.run.update(epoch=trainer.current_epoch + 1, train_seconds=self.total_seconds())
+        if self.stop is not None:
+            raise Stopped(128 + self.stop)
 
     def total_seconds(self) -> float:
         """Seconds of training so far, over all sessions."""

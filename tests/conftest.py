@@ -1,0 +1,82 @@
+"""What every test shares: one thread, and composing without the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from redoubt import config
+from redoubt.defenses import RobustModule
+
+# Two processes of tests share two cores: more threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def cell(outputs: Path) -> Callable[..., DictConfig]:
+    """A resolved, small cell: 32 fake images of 16 pixels in batches of 8, one-step attacks."""
+
+    def compose(*overrides: str) -> DictConfig:
+        small = [
+            "model=resnet_small", "data=digits", "data.source=fake", "data.image_size=16", "data.limit_train=30",
+            "data.limit_test=10", "data.batch_size=8", "data.probe=10", "trainer=cpu", "trainer.max_epochs=2",
+            "trainer.progress=false", "inner.steps=1", "validation.steps=1", "validation.step=1", "attack=none", f"paths.outputs={outputs}",
+        ]  # fmt: skip
+        return config.resolve(config.compose([*small, *overrides]))
+
+    return compose
+
+
+def everything(checkpoint: Path) -> str:
+    """SHA-256 over names and bytes of all weights, buffers, averages and optimizer tensors of a checkpoint."""
+    content = torch.load(checkpoint, weights_only=True)
+    digest = hashlib.sha256()
+
+    def take(name: str, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                take(f"{name}/{key}", value[key])
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                take(f"{name}/{i}", item)
+        else:
+            digest.update(f"{name}={value}".encode())
+
+    for part in ("state_dict", "redoubt", "optimizer_states"):
+        take(part, content[part])
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def sigterm_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Sends this process SIGTERM once the given training step is done; None: never."""
+    true = RobustModule.after_step
+    at: list[int | None] = [None]
+
+    def after_step(self: RobustModule) -> None:
+        true(self)
+        if self.steps_done == at[0]:
+            at[0] = None
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RobustModule, "after_step", after_step)
+
+    def set_step(step: int | None) -> None:
+        at[0] = step
+
+    return set_step
