@@ -1,0 +1,246 @@
+"""The LightningDataModule of every data set: splits, limits, loaders, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from redoubt.data.augment import resolve
+from redoubt.data.cache import Decoded, load
+from redoubt.data.checks import check_options
+from redoubt.data.folder import Folder
+from redoubt.data.loader import EvalLoader, TrainLoader, count_batches
+from redoubt.data.source import Fake, Source
+from redoubt.data.subsets import first, probe_rows, training_rows
+from redoubt.errors import UserError
+
+#: Seed of the order that `limit_test` takes from: not the run's, so that all runs see the same test images.
+TEST_SEED = 0
+
+
+def _whole(split: str) -> str:
+    """The decoded split that a subset's rows are of."""
+    return "test" if split == "test" else "train"
+
+
+class ImageData(LightningDataModule):
+    """Images of one data set, each split one uint8 tensor.
+
+    The validation split is taken off first, then `limit_train` of what is left. Both are index tensors over
+    the one training tensor. Everything is loaded when it is first asked for; with a trainer attached, rank,
+    number of processes and device are the trainer's.
+
+    Args:
+        root: Folder of the data.
+        source: ``official`` files (downloaded where missing), a ``folder`` of images, or ``fake`` images.
+        num_classes: Number of classes K; labels are ``0 .. K - 1``.
+        image_size: Height and width in pixels.
+        mean: Mean of each channel over the training images, in [0, 1]; for the nets' first layer.
+        std: Standard deviation likewise.
+        batch_size: Images of the *global* batch, divided over the processes.
+        augment: See `redoubt.data.augment`; of training only.
+        val_fraction: In [0, 1), split off from training, stratified and by seed.
+        limit_train: Train on the first n of a seeded, class-balanced order; None is all.
+        limit_test: Test on the first n of a class-balanced order, the same for every seed; None is all.
+        verify: Refuse official files with other checksums than the published ones.
+        seed: Of the split, the limit, the order and the augmentation.
+        probe: Size of the training subset that is evaluated where there is no validation split.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
+
+    #: Of the data set, in the cache and in fingerprints.
+    name: str
+    #: With few test images a rank may have none.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        source: str,
+        num_classes: int,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int = 128,
+        augment: str | None = None,
+        val_fraction: float = 0.0,
+        limit_train: int | None = None,
+        limit_test: int | None = None,
+        verify: bool = True,
+        seed: int = 0,
+        probe: int = 512,
+    ) -> None:
+        super().__init__()
+        check_options(
+            source=source,
+            val_fraction=val_fraction,
+            mean=mean,
+            std=std,
+            num_classes=num_classes,
+            image_size=image_size,
+            batch_size=batch_size,
+            probe=probe,
+            limit_train=limit_train,
+            limit_test=limit_test,
+        )
+        self.root, self.source = Path(root).expanduser(), source
+        self.num_classes, self.image_size = num_classes, image_size
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.batch_size, self.augment = batch_size, resolve(augment)
+        self.val_fraction, self.limit_train, self.limit_test = val_fraction, limit_train, limit_test
+        self.verify, self.seed, self.probe = verify, seed, probe
+        self._device: torch.device | None = None
+        self._decoded: dict[str, Decoded] = {}
+        self._moved: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[str, Tensor | None] = {}
+
+    # -- where the images come from
+
+    def where(self) -> dict[str, Any]:
+        """What every source is told."""
+        facts = {"num_classes": self.num_classes, "image_size": self.image_size}
+        return {"name": self.name, "root": self.root, **facts}
+
+    def official(self) -> Source:
+        """The published files of this data set."""
+        raise NotImplementedError
+
+    def _source(self) -> Source:
+        if self.source == "fake":
+            return Fake(**self.where())
+        return Folder(**self.where()) if self.source == "folder" else self.official()
+
+    def _split(self, split: str) -> Decoded:
+        """All of "train" or "test", before limits."""
+        if split not in self._decoded:
+            self._decoded[split] = load(self._source(), split)
+        return self._decoded[split]
+
+    def prepare_data(self) -> None:
+        """Download and decode into the cache. Only the test split where the trainer does nothing but test."""
+        trainer = self.trainer
+        only_test = trainer is not None and (trainer.testing or trainer.predicting)
+        for split in ("test",) if only_test else ("train", "test"):
+            self._split(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load what a stage needs: "fit", "validate" the training split, "test" the test split, None both."""
+        if stage in ("fit", "validate", None):
+            self._split("train")
+        if stage in ("test", "predict", None):
+            self._split("test")
+
+    def fingerprint(self, split: str) -> str:
+        """Identity of the whole "train" or "test" split, before limits: see `redoubt.data.cache.Decoded`."""
+        return self._split(split).fingerprint
+
+    # -- which of them
+
+    def index(self, split: str) -> Tensor | None:
+        """Rows of the decoded split that a subset is made of, int64 on the CPU; None is all, in order.
+
+        "train", "val" and "train_probe" are rows of the training split. A limited "test" is in class-balanced
+        order, so that a smaller limit is the beginning of a larger one.
+        """
+        if split not in self._rows:
+            self._rows[split] = self._choose(split)
+        return self._rows[split]
+
+    def _choose(self, split: str) -> Tensor | None:
+        labels = self._split(_whole(split)).labels
+        if split == "test":
+            return None if self.limit_test is None else first(labels, self.limit_test, TEST_SEED)
+        train, val = training_rows(
+            labels, val_fraction=self.val_fraction, limit=self.limit_train, seed=self.seed
+        )
+        if split == "train_probe":
+            return probe_rows(labels, train, self.probe, self.seed)
+        if split == "val" and val is None:
+            raise UserError("data.val_fraction=0: there is no validation split; set it, as to 0.02")
+        return val if split == "val" else train
+
+    def arrays(self, split: str) -> tuple[Tensor, Tensor]:
+        """Images uint8 ``[N, 3, H, W]`` and labels int64 ``[N]`` of a split or subset, see `index`.
+
+        On the CPU: the decoded tensor itself where nothing is split off or limited, else a copy of the rows.
+        """
+        whole, rows = self._split(_whole(split)), self.index(split)
+        return (whole.images, whole.labels) if rows is None else (whole.images[rows], whole.labels[rows])
+
+    @property
+    def probe_name(self) -> str:
+        """What `val_dataloader` gives: "val", or "train_probe" where there is no validation split."""
+        return "val" if self.val_fraction > 0 else "train_probe"
+
+    @property
+    def train_size(self) -> int:
+        """Images that are trained on."""
+        rows = self.index("train")
+        return len(self._split("train").labels) if rows is None else len(rows)
+
+    def steps_per_epoch(self, world_size: int = 1) -> int:
+        """Batches of an epoch, see `TrainLoader`."""
+        return count_batches(self.train_size, self.batch_size, world_size)
+
+    # -- loaders
+
+    def to_device(self, device: torch.device | str) -> ImageData:
+        """Where batches are made when no trainer is attached."""
+        self._device = torch.device(device)
+        return self
+
+    def _place(self) -> tuple[torch.device, int, int]:
+        """Device, rank, number of processes."""
+        if self.trainer is None:
+            return self._device or torch.device("cpu"), 0, 1
+        strategy = self.trainer.strategy
+        return strategy.root_device, self.trainer.global_rank, self.trainer.world_size
+
+    def _on(self, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A whole split on a device, once: training and probe share it. On the CPU it is the mapped file."""
+        kept = self._moved.get(split)
+        if kept is None or kept[0].device != device:
+            whole = self._split(split)
+            self._moved[split] = kept = (whole.images.to(device), whole.labels.to(device))
+        return kept
+
+    def train_dataloader(self) -> TrainLoader:
+        device, rank, world_size = self._place()
+        images, labels = self._on("train", device)
+        return TrainLoader(
+            images=images,
+            labels=labels,
+            index=self.index("train"),
+            batch_size=self.batch_size,
+            augment=self.augment,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def _eval_loader(self, split: str) -> EvalLoader:
+        device, rank, world_size = self._place()
+        images, labels = self._on(_whole(split), device)
+        return EvalLoader(
+            images=images,
+            labels=labels,
+            index=self.index(split),
+            batch_size=self.batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        """The validation split, else a fixed class-balanced subset of the training images, as they are."""
+        return self._eval_loader(self.probe_name)
+
+    def test_dataloader(self) -> EvalLoader:
+        return self._eval_loader("test")
