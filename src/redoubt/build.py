@@ -54,7 +54,7 @@ def locate(target: str, key: str) -> Any:
     """The allowed callable of a dotted name."""
     if not target.startswith((*ALLOWED, *_allowed_by_user())):
         raise UserError(
-            f"{key}._target_={target!r} is not allowed: add its package to a file redoubt.allow in your --config-dir"
+            f"{key}: {target!r} is not allowed: add its package to a file redoubt.allow in your --config-dir"
         )
     try:
         return get_class(target)
@@ -63,7 +63,7 @@ def locate(target: str, key: str) -> Any:
             return get_method(target)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{key}._target_={target!r} cannot be imported: {reason}") from error
+            raise UserError(f"{key}: {target!r} cannot be imported: {reason}") from error
 
 
 def _allowed_by_user() -> tuple[str, ...]:
@@ -78,6 +78,9 @@ def _allowed_by_user() -> tuple[str, ...]:
 
 def build_data(cfg: DictConfig) -> ImageData:
     """The data module of a resolved config."""
+    augment = cfg.data.get("augment")
+    if augment and "." in str(augment):  # a function of the user's own is imported: the same rule holds
+        locate(str(augment), "data.augment")
     return make(_plain(cfg.data), "data")
 
 
@@ -106,9 +109,7 @@ def _module(tree: dict[str, Any]) -> RobustModule:
     defense = locate(tree["defense"]["_target_"], "defense")
     base = tree.get("axes", {}).get("base")
     if base and base in STANDARD_BASES and base not in getattr(defense, "bases", (base,)):
-        raise UserError(
-            f"base={base} is not defined for this defense: take one of base={', '.join(defense.bases)}"
-        )
+        raise UserError(f"base={base} is not defined for this defense: take one of base={', '.join(defense.bases)}")
     watched = {**tree["threat"], "steps": tree["validation"]["steps"], "step": tree["validation"]["step"]}
     return make(
         tree["defense"],

@@ -113,7 +113,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     _evaluate_fractions(tree, "")
     if tree["evaluation"]["weights"] is None:
         tree["evaluation"]["weights"] = "student" if tree["ema"]["decay"] is None else "ema"
-    check(tree)
+    check({str(key): value for key, value in tree.items()})
     resolved = OmegaConf.create(tree)
     OmegaConf.set_struct(resolved, True)
     return resolved
@@ -189,7 +189,7 @@ def top_level_keys() -> set[str]:
 
 
 def did_you_mean(word: str, known: Iterator[str] | set[str] | Sequence[str]) -> str:
-    """": did you mean ...?" with the nearest names, or the list of them where none is near."""
+    """ ": did you mean ...?" with the nearest names, or the list of them where none is near."""
     names = sorted(map(str, known))
     near = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
     if near:

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +18,7 @@ from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.errors import UserError
 from redoubt.evaluation.record import evaluate
-from redoubt.nets import load_backbone
+from redoubt.nets import Backbone, load_backbone
 from redoubt.reporting.table import results_table
 from redoubt.runs import running
 from redoubt.runs.identity import plain
@@ -87,11 +87,23 @@ def _fast_dev_run(cfg: DictConfig, folder: str) -> dict[str, Any]:
         module = running._fit(cell, data, None)
         device = running.compute_device(cell)
         axes = {**{k: cell.axes[k] for k in config.AXES}, "seed": cell.seed}
-        facts = {"run": "fast_dev_run", "axes": axes, "checkpoint": "none", "weights": "student", "train_seconds": None}
+        facts = {
+            "run": "fast_dev_run",
+            "axes": axes,
+            "checkpoint": "none",
+            "weights": "student",
+            "train_seconds": None,
+        }
         results.append(
             evaluate(
-                module.to(device).eval(), data, plain(cell), facts=facts, weights_id="none", folder=None,
-                limit=int(data.batch_size), device=device,
+                module.to(device).eval(),
+                data,
+                plain(cell),
+                facts=facts,
+                weights_id="none",
+                folder=None,
+                limit=int(data.batch_size),
+                device=device,
             )  # fmt: skip
         )
     _show(results, None)
@@ -110,11 +122,17 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         return results
     data = _data(cfg)
     module = build_module(cfg)
-    load_backbone(module.net, Path(str(cfg.checkpoint)))
+    load_backbone(cast(Backbone, module.net), Path(str(cfg.checkpoint)))
     device = running.compute_device(cfg)
     name = Path(str(cfg.checkpoint)).stem
     axes = {**{k: cfg.axes[k] for k in config.AXES}, "seed": cfg.seed}
-    facts = {"run": name, "axes": axes, "checkpoint": str(cfg.checkpoint), "weights": "student", "train_seconds": None}
+    facts = {
+        "run": name,
+        "axes": axes,
+        "checkpoint": str(cfg.checkpoint),
+        "weights": "student",
+        "train_seconds": None,
+    }
     folder = Path(cfg.paths.outputs) / "eval"
     results = evaluate(
         module.to(device).eval(), data, plain(cfg), facts=facts, weights_id=running.weights_hash(module),
@@ -164,4 +182,8 @@ def _show(results: list[dict[str, Any]], folder: Path | None) -> None:
     if ranks()[0] != 0:
         return
     console.print(results_table(results))
-    print(f"run: {folder}" if folder is not None else "fast_dev_run: nothing was stored", file=sys.stdout, flush=True)
+    print(
+        f"run: {folder}" if folder is not None else "fast_dev_run: nothing was stored",
+        file=sys.stdout,
+        flush=True,
+    )

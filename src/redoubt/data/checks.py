@@ -43,12 +43,8 @@ def check_options(*, source: str, val_fraction: float, mean: Any, std: Any, **nu
             raise UserError(f"data.{key}={value}: it takes a whole number of {LEAST[key]} or more{off}")
     for key, channels in (("mean", mean), ("std", std)):
         if len(channels) != 3 or (key == "std" and min(channels) <= 0):
-            raise UserError(
-                f"data.{key}={list(channels)}: it takes three numbers, one per channel, std over 0"
-            )
+            raise UserError(f"data.{key}={list(channels)}: it takes three numbers, one per channel, std over 0")
     for key in ("limit_train", "limit_test"):
         limit, classes = numbers[key], numbers["num_classes"]
         if limit is not None and classes is not None and limit < classes:
-            log.warning(
-                "data.%s=%d is fewer than data.num_classes=%d: some classes are left out", key, limit, classes
-            )
+            log.warning("data.%s=%d is fewer than data.num_classes=%d: some classes are left out", key, limit, classes)

@@ -21,9 +21,7 @@ log = logging.getLogger("redoubt")
 CHUNK = 128
 
 
-def decode_images(
-    out: np.ndarray, names: Sequence[str], read: Callable[[str], str | IO[bytes]], title: str
-) -> None:
+def decode_images(out: np.ndarray, names: Sequence[str], read: Callable[[str], str | IO[bytes]], title: str) -> None:
     """Decode image files into an array.
 
     Args:

@@ -158,9 +158,7 @@ class ImageData(LightningDataModule):
         labels = self._split(_whole(split)).labels
         if split == "test":
             return None if self.limit_test is None else first(labels, self.limit_test, TEST_SEED)
-        train, val = training_rows(
-            labels, val_fraction=self.val_fraction, limit=self.limit_train, seed=self.seed
-        )
+        train, val = training_rows(labels, val_fraction=self.val_fraction, limit=self.limit_train, seed=self.seed)
         if split == "train_probe":
             return probe_rows(labels, train, self.probe, self.seed)
         if split == "val" and val is None:

@@ -55,9 +55,7 @@ def stratified_split(labels: Tensor, fraction: float, numbers: torch.Generator) 
         off.append(members[:take])
     held_out = torch.cat(off).sort().values
     if not len(held_out):
-        raise UserError(
-            f"data.val_fraction={fraction} is not one image of any class; raise it or set it to 0"
-        )
+        raise UserError(f"data.val_fraction={fraction} is not one image of any class; raise it or set it to 0")
     stays = torch.ones(len(labels), dtype=torch.bool)
     stays[held_out] = False
     return stays.nonzero().squeeze(1), held_out

@@ -47,9 +47,7 @@ class TinyZip(Official):
             raise unreadable(path, e, ZIP.url) from e
         return labels
 
-    def _fill(
-        self, split: str, allocate: Allocate, names: list[str], read: Callable[[str], str | IO[bytes]]
-    ) -> None:
+    def _fill(self, split: str, allocate: Allocate, names: list[str], read: Callable[[str], str | IO[bytes]]) -> None:
         decode_images(allocate(len(names)), names, read, f"{self.name} {split}")
 
 
@@ -90,9 +88,7 @@ class TinyFolder(TinyZip):
     def _files(self, split: str) -> list[tuple[str, str]]:
         train, val = self.folder / "train", self.folder / "val"
         if not train.is_dir():
-            raise UserError(
-                f"{train}: not there, its folders name the classes; get {ZIP.name} from {ZIP.url}"
-            )
+            raise UserError(f"{train}: not there, its folders name the classes; get {ZIP.name} from {ZIP.url}")
         if split == "train":
             wnids = class_folders(train)
             return [(file.path, wnids[label]) for label, file in list_classes(train, self.num_classes)]

@@ -70,7 +70,11 @@ class FSRLayer(nn.Module):
         negative = rest * f
         gain = rest * self.recalibration(negative)
         if self.noise is not None:
-            self.sides = (self.auxiliary(robust * f), self.auxiliary(negative), self.auxiliary(negative + gain))
+            self.sides = (
+                self.auxiliary(robust * f),
+                self.auxiliary(negative),
+                self.auxiliary(negative + gain),
+            )
         return f + gain
 
     def mask(self, r: Tensor) -> Tensor:
@@ -133,9 +137,7 @@ class FSR(RobustModule):
         layers = []
         # The innermost first: replacing a module changes the names of those inside it.
         for name, shape in sorted(shapes.items(), key=lambda item: -item[0].count(".")):
-            layer = FSRLayer(
-                net.get_submodule(name), shape=shape, num_classes=num_classes, tau=tau, hidden=hidden
-            )
+            layer = FSRLayer(net.get_submodule(name), shape=shape, num_classes=num_classes, tau=tau, hidden=hidden)
             initialise = getattr(net, "initialise", None)
             if initialise is not None:
                 for added in (layer.separation, layer.recalibration, layer.head):

@@ -298,7 +298,7 @@ class RobustModule(LightningModule):
     def on_train_start(self) -> None:
         # Lightning restores a loader's place after a stop within an epoch, but not after one between epochs.
         epoch, position = divmod(self.steps_done, self.steps_per_epoch)
-        self.trainer.train_dataloader.load_state_dict({"epoch": epoch, "position": position})
+        cast(Any, self.trainer.train_dataloader).load_state_dict({"epoch": epoch, "position": position})
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.watch.look(self.steps_done)

@@ -69,9 +69,7 @@ def judge(
     return dict(zip(names, table, strict=True))
 
 
-def _chunk(
-    module: RobustModule, x: Tensor, y: Tensor, attacks: Mapping[str, Any], seed: int, number: int
-) -> Tensor:
+def _chunk(module: RobustModule, x: Tensor, y: Tensor, attacks: Mapping[str, Any], seed: int, number: int) -> Tensor:
     """Verdicts [1 + attacks, B] of one chunk, natural first."""
 
     def right(images: Tensor) -> Tensor:
@@ -84,7 +82,11 @@ def _chunk(
         attack = attacks[name]
         path = attack.path
         adv = attack(
-            module.logits, x, y, generator(seed, f"attack/{name}", 0, number, device=x.device), reached.get(path)
+            module.logits,
+            x,
+            y,
+            generator(seed, f"attack/{name}", 0, number, device=x.device),
+            reached.get(path),
         )
         if path is not None:
             reached[path] = (attack.steps, adv)

@@ -52,9 +52,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # its own exception class, OSError, or whatever a foreign header leads to
-        raise UserError(
-            f"{path}: no safetensors file, or cut short ({_brief(error)}): copy it again"
-        ) from error
+        raise UserError(f"{path}: no safetensors file, or cut short ({_brief(error)}): copy it again") from error
 
 
 def _read_torch(path: Path) -> Any:

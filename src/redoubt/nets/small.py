@@ -65,9 +65,7 @@ def _block(inplanes: int, planes: int, stride: int) -> BasicBlock:
     """torchvision's basic block, with its 1x1 projection where the shape changes."""
     shortcut = None
     if stride != 1 or inplanes != planes:
-        shortcut = nn.Sequential(
-            nn.Conv2d(inplanes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes)
-        )
+        shortcut = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes))
     return BasicBlock(inplanes, planes, stride, shortcut)
 
 

@@ -22,9 +22,7 @@ class WideBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.convShortcut = (
-            None if inplanes == planes else nn.Conv2d(inplanes, planes, 1, stride=stride, bias=False)
-        )
+        self.convShortcut = None if inplanes == planes else nn.Conv2d(inplanes, planes, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] to [B,C',h/stride,w/stride]."""

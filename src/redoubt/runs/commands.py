@@ -40,9 +40,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     # SUPPRESS, for a subparser's default would overwrite what was given before the command
     outputs = _Parser(add_help=False)
-    outputs.add_argument(
-        "--outputs", metavar="DIR", default=argparse.SUPPRESS, help="paths.outputs (default: outputs)"
-    )
+    outputs.add_argument("--outputs", metavar="DIR", default=argparse.SUPPRESS, help="paths.outputs (default: outputs)")
     yes = _Parser(add_help=False)
     yes.add_argument("--yes", "-y", action="store_true", help="do not ask")
     parser = _Parser(prog="redoubt runs", description="Look at the run store.", parents=[outputs])

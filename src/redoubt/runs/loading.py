@@ -15,7 +15,11 @@ from redoubt.runs.store import Run, Store
 
 
 def load(
-    source: str | Path | Run, *, checkpoint: str = "last", weights: str | None = None, outputs: str | Path = "outputs"
+    source: str | Path | Run,
+    *,
+    checkpoint: str = "last",
+    weights: str | None = None,
+    outputs: str | Path = "outputs",
 ) -> RobustModule:
     """The module of a run, in evaluation mode on the CPU.
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from redoubt import config
-from redoubt.build import build_data, build_module, make
+from redoubt.build import build_module, make
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
@@ -125,7 +125,13 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
         "train_seconds": run.status.get("train_seconds"),
     }  # fmt: skip
     return evaluate(
-        module, data, plain(cfg), facts=facts, weights_id=f"{weights_hash(module)}", folder=run.eval, device=device
+        module,
+        data,
+        plain(cfg),
+        facts=facts,
+        weights_id=f"{weights_hash(module)}",
+        folder=run.eval,
+        device=device,
     )
 
 

@@ -81,7 +81,12 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "NODE_RANK": "0"}
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "NODE_RANK": "0",
+    }
     with tempfile.TemporaryDirectory(prefix="redoubt-") as folder:
         file = Path(folder) / "job.yaml"
         OmegaConf.save(OmegaConf.create(job), file)
@@ -115,7 +120,10 @@ def _end_with(children: list[subprocess.Popen[bytes]]) -> None:
         time.sleep(0.2)
         for rank, child in enumerate(children, 1):
             if child.poll():
-                print(f"redoubt: rank {rank} ended with exit code {child.returncode}: see above", file=sys.stderr)
+                print(
+                    f"redoubt: rank {rank} ended with exit code {child.returncode}: see above",
+                    file=sys.stderr,
+                )
                 for other in children:
                     other.kill()
                 os._exit(2)

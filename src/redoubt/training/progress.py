@@ -8,7 +8,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from redoubt.training.distributed import ranks
 
@@ -43,7 +50,9 @@ class ProgressBar(Callback):
         if self.bar is None or time.monotonic() - self._drawn < 0.2:
             return
         self._drawn = time.monotonic()
-        notes = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} loss {pl_module.watch.shown:.3f} {self.accuracies}"
+        notes = (
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} loss {pl_module.watch.shown:.3f} {self.accuracies}"
+        )
         self.bar.update(self.task, completed=pl_module.steps_done, notes=notes)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

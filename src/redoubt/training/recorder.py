@@ -72,9 +72,7 @@ class Recorder(Checkpoint):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_began, self._images = time.monotonic(), 0
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._images += batch.total
         due = self.every and pl_module.steps_done % int(self.every) == 0
         if self.run is None or not (due or self.stop is not None):

@@ -17,9 +17,7 @@ from redoubt.errors import UserError
 from redoubt.training.distributed import PlainDDP
 
 
-def make_trainer(
-    cfg: DictConfig, folder: Path, callbacks: Sequence[Callback], loggers: Sequence[Any] = ()
-) -> Trainer:
+def make_trainer(cfg: DictConfig, folder: Path, callbacks: Sequence[Callback], loggers: Sequence[Any] = ()) -> Trainer:
     """The Trainer of a resolved config.
 
     Args:
@@ -62,7 +60,11 @@ def make_trainer(
             log_every_n_steps=1,
             default_root_dir=str(folder),
         )
-    except (ValueError, RuntimeError, TypeError) as error:  # Lightning's MisconfigurationException is none of ours
+    except (
+        ValueError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # Lightning's MisconfigurationException is none of ours
         raise UserError(f"trainer: {error}") from error
 
 
