@@ -16,6 +16,7 @@ from rich.console import Console
 from redoubt import config
 from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
+from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.record import evaluate
 from redoubt.nets import Backbone, load_backbone
@@ -85,27 +86,7 @@ def _fast_dev_run(cfg: DictConfig, folder: str) -> dict[str, Any]:
     results = []
     for cell in cells:
         module = running._fit(cell, data, None)
-        device = running.compute_device(cell)
-        axes = {**{k: cell.axes[k] for k in config.AXES}, "seed": cell.seed}
-        facts = {
-            "run": "fast_dev_run",
-            "axes": axes,
-            "checkpoint": "none",
-            "weights": "student",
-            "train_seconds": None,
-        }
-        results.append(
-            evaluate(
-                module.to(device).eval(),
-                data,
-                plain(cell),
-                facts=facts,
-                weights_id="none",
-                folder=None,
-                limit=int(data.batch_size),
-                device=device,
-            )  # fmt: skip
-        )
+        results.append(_judge(module, cell, data, "fast_dev_run", "none", None, int(data.batch_size)))
     _show(results, None)
     return results[0]
 
@@ -123,23 +104,30 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     data = _data(cfg)
     module = build_module(cfg)
     load_backbone(cast(Backbone, module.net), Path(str(cfg.checkpoint)))
-    device = running.compute_device(cfg)
-    name = Path(str(cfg.checkpoint)).stem
-    axes = {**{k: cfg.axes[k] for k in config.AXES}, "seed": cfg.seed}
-    facts = {
-        "run": name,
-        "axes": axes,
-        "checkpoint": str(cfg.checkpoint),
-        "weights": "student",
-        "train_seconds": None,
-    }
     folder = Path(cfg.paths.outputs) / "eval"
-    results = evaluate(
-        module.to(device).eval(), data, plain(cfg), facts=facts, weights_id=running.weights_hash(module),
-        folder=folder, device=device,
-    )  # fmt: skip
+    results = _judge(module, cfg, data, Path(str(cfg.checkpoint)).stem, str(cfg.checkpoint), folder)
     _show([results], folder / results["evaluation"])
     return results
+
+
+def _judge(
+    module: RobustModule,
+    cfg: DictConfig,
+    data: ImageData,
+    name: str,
+    checkpoint: str,
+    folder: Path | None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Attacks weights that belong to no stored run."""
+    axes = {**{k: cfg.axes[k] for k in config.AXES}, "seed": cfg.seed}
+    facts = {"run": name, "axes": axes, "checkpoint": checkpoint, "weights": "student", "train_seconds": None}
+    device = running.compute_device(cfg)
+    weights_id = running.weights_hash(module)
+    module = module.to(device).eval()
+    return evaluate(
+        module, data, plain(cfg), facts=facts, weights_id=weights_id, folder=folder, limit=limit, device=device
+    )
 
 
 def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str]) -> DictConfig:

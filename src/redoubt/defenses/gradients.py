@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Share:
     def split(self, parts: int) -> Iterator[tuple[slice, Share]]:
         """Cuts the rows into ``parts`` nearly equal runs; yields (local slice, share)."""
         edges = [self.count * i // parts for i in range(parts + 1)]
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in itertools.pairwise(edges):
             if b > a:
                 yield slice(a, b), Share(self.first + a, b - a, self.total)
 
@@ -84,11 +85,12 @@ def add(total: list[Gradient] | None, new: list[Gradient]) -> list[Gradient]:
     return total
 
 
-def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Sums tensors over all ranks in place by one flat all-reduce; nothing to do in a single process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1) or not tensors:
-        return
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    dist.all_reduce(flat)
-    pieces = flat.split([t.numel() for t in tensors])
-    torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])
+def sum_over_ranks(tensors: Sequence[Tensor]) -> int:
+    """Sums tensors of one type over all ranks in place, by one flat all-reduce; returns the number of ranks."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world > 1 and tensors:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        pieces = flat.split([t.numel() for t in tensors])
+        torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])
+    return world

@@ -219,8 +219,13 @@ class RobustModule(LightningModule):
             new = grad.differentiate(values, params, weight, None if self.scale is None else self.scale.scale)
             total = grad.add(total, new)
         assert total is not None
-        grad.sum_over_ranks([self.watch.bad, *(g for one in total for g in one if g is not None)])
-        self.watch.bad.clamp_(max=1.0)
+        # BatchNorm's statistics travel along: the ranks never differ, in no step, so neither do their averages,
+        # attacks and checkpoints.
+        buffers = [b for b in self.net.buffers() if b.is_floating_point()]
+        world = grad.sum_over_ranks([self.watch.bad, *buffers, *(g for one in total for g in one if g is not None)])
+        if world > 1:
+            self.watch.bad.clamp_(max=1.0)
+            torch._foreach_div_(buffers, world)
         return total
 
     def step(self, optimizer: Optimizer, params: Sequence[nn.Parameter], gradient: Gradient) -> None:

@@ -42,7 +42,8 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
         "recipes": ", ".join(cfg.axes.recipes) or "default",
         "device": f"{device_name(cfg)}, {cfg.trainer.precision}",
         "parameters": f"{weights:,}",
-        "training": f"{data.train_size:,} images, {cfg.trainer.max_epochs} epochs, {steps:,} steps of {cfg.data.batch_size}",
+        "training": f"{data.train_size:,} images, {cfg.trainer.max_epochs} epochs, {steps:,} steps of "
+        f"{cfg.data.batch_size}",
         "time, estimated": f"{clock(epoch)} an epoch, {clock(epoch * int(cfg.trainer.max_epochs))} in all",
         "memory, estimated": f"{memory / 2**30:.2f} GiB ({batch} images at a time)",
         "evaluation": f"{cfg.axes.attack}, {len(data.arrays('test')[1]):,} images",

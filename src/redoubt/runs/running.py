@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
@@ -22,12 +23,12 @@ from redoubt.errors import UserError
 from redoubt.evaluation.record import evaluate
 from redoubt.runs import files
 from redoubt.runs.identity import identity, plain, redacted
-from redoubt.runs.loading import checkpoint_file, load, read_checkpoint
+from redoubt.runs.loading import load, read_checkpoint
 from redoubt.runs.store import Run, Store
 from redoubt.training.distributed import ranks
 from redoubt.training.progress import ProgressBar
 from redoubt.training.recorder import Recorder, Stopped, strip
-from redoubt.training.trainer import device_name, make_trainer
+from redoubt.training.trainer import accelerator, device_name, make_trainer
 
 log = logging.getLogger("redoubt")
 
@@ -112,24 +113,26 @@ def _fit(cfg: DictConfig, data: ImageData, run: Run | None) -> RobustModule:
 def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
     """Results of attacking a finished run as ``cfg`` says, from the store where they are."""
     which = str(cfg.evaluation.checkpoint)
-    file = checkpoint_file(run, which)
     device = compute_device(cfg)
     weights = str(cfg.evaluation.weights)
     module = load(run, checkpoint=which, weights=weights).to(device)
     facts = {
         "run": run.name,
-        "axes": {**{k: run.config()["axes"][k] for k in ("model", "defense", "base", "data")},
-                 "attack": cfg.axes.attack, "seed": run.config()["seed"]},
+        "axes": {
+            **{k: run.config()["axes"][k] for k in ("model", "defense", "base", "data")},
+            "attack": cfg.axes.attack,
+            "seed": run.config()["seed"],
+        },
         "checkpoint": which,
         "weights": weights,
         "train_seconds": run.status.get("train_seconds"),
-    }  # fmt: skip
+    }
     return evaluate(
         module,
         data,
         plain(cfg),
         facts=facts,
-        weights_id=f"{weights_hash(module)}",
+        weights_id=weights_hash(module),
         folder=run.eval,
         device=device,
     )
@@ -137,8 +140,6 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
 
 def weights_hash(module: torch.nn.Module) -> str:
     """SHA-256 over names and bytes of a net's parameters and buffers."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -195,8 +196,6 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def compute_device(cfg: DictConfig) -> torch.device:
     """Where this process computes outside of a fit."""
-    from redoubt.training.trainer import accelerator
-
     if accelerator(cfg) == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

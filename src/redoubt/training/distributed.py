@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
-from torch.nn import Module
 
 from redoubt.errors import UserError
 
@@ -47,18 +45,28 @@ def ranks() -> tuple[int, int]:
     return 0, 1
 
 
-def average_buffers(module: Module) -> None:
-    """Averages floating buffers (BatchNorm's statistics) over ranks, in place."""
-    _, world = ranks()
-    if world == 1:
-        return
-    buffers = [b for b in module.buffers() if b.is_floating_point()]
-    if buffers:
-        flat = torch.cat([b.reshape(-1) for b in buffers])
-        dist.all_reduce(flat)
-        flat /= world
-        for buffer, piece in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(piece.view_as(buffer))
+class Agreement:
+    """Ranks that stop after the same step, agreed through the process group's store: no collective, no wait.
+
+    Ranks move in step, for each gradient is summed over all of them; so none is more than one step ahead, and a
+    step two ahead of whoever asks first is still to come for everybody.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.announced = False
+
+    def stops(self, step: int) -> bool:
+        """Whether to stop now, after ``step``."""
+        if ranks()[1] == 1:
+            return self.asked
+        store = dist.distributed_c10d._get_default_store()
+        if self.asked and not self.announced:
+            store.compare_set("redoubt/stop", "", str(step + 2))
+            self.announced = True
+        if not store.check(["redoubt/stop"]):
+            return False
+        return step >= int(store.get("redoubt/stop"))
 
 
 @contextmanager
@@ -69,7 +77,7 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
     the very config of this process, as a file. Does nothing where a launcher (torchrun, Slurm) started us.
 
     Args:
-        job: Plain, resolved: what `redoubt.cli` needs to do the same: the command, the composed config, overrides, config_dirs.
+        job: Resolved; what `redoubt.cli` needs to do the same: command, config, overrides, config_dirs.
         world: Processes in all.
 
     Raises:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from redoubt.errors import UserError
 from redoubt.runs.files import atomic, write_text
 from redoubt.runs.store import Run
-from redoubt.training.distributed import ranks
+from redoubt.training.distributed import Agreement, ranks
 
 
 class Stopped(SystemExit):
@@ -38,7 +38,9 @@ class Recorder(Checkpoint):
     def __init__(self, run: Run | None, *, every: int | None = None, best: tuple[str, ...] = ()) -> None:
         self.run, self.every, self.best = run, every, best
         self.best_score: list[float] | None = None
-        self.stop: int | None = None
+        self.stop: int | None = None  # the signal that asks for it
+        self.agreement = Agreement()
+        self.stopping = False
         self._handlers: dict[int, Any] = {}
         self._epoch_began, self._images = time.monotonic(), 0
         self.seconds = 0.0  # of training, over all sessions of the run
@@ -66,6 +68,7 @@ class Recorder(Checkpoint):
         if self.stop is not None:  # asked twice: now
             raise KeyboardInterrupt
         self.stop = number
+        self.agreement.asked = True
 
     # ---- steps and epochs ---------------------------------------------------------------------------------------
 
@@ -75,15 +78,15 @@ class Recorder(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._images += batch.total
         due = self.every and pl_module.steps_done % int(self.every) == 0
-        if self.run is None or not (due or self.stop is not None):
+        self.stopping = self.run is not None and self.agreement.stops(pl_module.steps_done)
+        if self.run is None or not (due or self.stopping):
             return
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end saves, after its metrics; resuming from here would skip them
         # The module's own hook, which looks at the flag, runs after this one.
         pl_module.watch.look(pl_module.steps_done, now=True)
         self.save(trainer, self.run.last)
-        if self.stop is not None:
-            raise Stopped(128 + self.stop)
+        self._stop_if_agreed()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._train_seconds = time.monotonic() - self._epoch_began
@@ -103,8 +106,12 @@ class Recorder(Checkpoint):
         self.save(trainer, self.run.last)
         if ranks()[0] == 0:
             self.run.update(epoch=trainer.current_epoch + 1, train_seconds=self.total_seconds())
-        if self.stop is not None:
-            raise Stopped(128 + self.stop)
+        self._stop_if_agreed()
+
+    def _stop_if_agreed(self) -> None:
+        # Asked during the validation: a single process stops here, several agree on a step of the next epoch.
+        if self.stopping or (self.stop is not None and ranks()[1] == 1):
+            raise Stopped(128 + (self.stop or signal.SIGTERM))
 
     def total_seconds(self) -> float:
         """Seconds of training so far, over all sessions."""
