@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from redoubt import config
@@ -37,22 +38,13 @@ def main(command: str | None = None) -> None:
     if command is None:
         command = arguments.pop(0) if arguments else "--help"
     try:
-        code = _run(command, arguments)
-    except UserError as error:
-        code = _fail(str(error), debug)
-    except KeyboardInterrupt:
-        code = _fail("stopped by the keyboard", False) and 130
-    except SystemExit:
-        raise
-    except BaseException as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        code = _fail(line, debug)
+        code = _run(command, arguments, debug)
+    except (Exception, KeyboardInterrupt) as error:
+        code = _report(error, debug)
     sys.exit(code)
 
 
-def _run(command: str, arguments: list[str]) -> int:
+def _run(command: str, arguments: list[str], debug: bool) -> int:
     if command == "--child":
         return _child(arguments[0])
     if command == "runs":
@@ -60,7 +52,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
         return runs(arguments)
     if command in ("train", "eval"):
-        return _hydra(command, arguments)
+        return _hydra(command, arguments, debug)
     if command in ("-h", "--help", "help"):
         print("usage: redoubt COMMAND [key=value ...] [--debug]\n")
         print("\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items()))
@@ -69,7 +61,7 @@ def _run(command: str, arguments: list[str]) -> int:
     raise UserError(f"{command!r} is no command{config.did_you_mean(command, list(COMMANDS))}")
 
 
-def _hydra(command: str, arguments: list[str]) -> int:
+def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     """Composes by Hydra's own command line, with its errors shown by us."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -82,15 +74,20 @@ def _hydra(command: str, arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing its own many lines
     config.register_resolvers()
 
+    codes = [0]
+
     @hydra.main(version_base="1.3", config_path=config.config_dir(), config_name=command)
     def task(cfg: DictConfig) -> Any:
         hydra_config = HydraConfig.get()
         overrides = list(hydra_config.overrides.task)
-        return _job(command, config.with_axes(cfg, dict(hydra_config.runtime.choices)), overrides)
+        try:
+            return _job(command, config.with_axes(cfg, dict(hydra_config.runtime.choices)), overrides)
+        except Exception as error:  # reported here, once: Hydra would add lines, and end a multirun's other jobs
+            codes.append(_report(error, debug))
 
     sys.argv = [f"redoubt {command}", *arguments]
     task()
-    return 0
+    return max(codes)
 
 
 def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
@@ -138,13 +135,17 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
-def _fail(line: str, debug: bool) -> int:
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-    print(f"redoubt: {line}", file=sys.stderr)
-    return 2
+def _report(error: BaseException, debug: bool) -> int:
+    """Prints an error, in one line where a user can mend it, and gives the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("redoubt: stopped by the keyboard", file=sys.stderr)
+        return 130
+    line = str(error) if isinstance(error, UserError) else one_line(error)
+    if line is None or debug:
+        traceback.print_exception(error)
+    if line is not None:
+        print(f"redoubt: {line}", file=sys.stderr)
+    return 1 if line is None else 2
 
 
 if __name__ == "__main__":
