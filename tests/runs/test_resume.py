@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
+from tests.conftest import everything
 
 from redoubt.build import build_data
 from redoubt.runs import running
 from redoubt.training.recorder import Stopped, read_rows
-from tests.conftest import everything
 
 STEPS = 8  # two epochs of 30 images in batches of 8
 

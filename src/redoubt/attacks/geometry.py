@@ -16,7 +16,7 @@ class Ball(Protocol):
         """The largest distance of two images of this shape."""
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The step of unit norm that raises the loss most; 0 where the gradient is 0. May reuse its memory."""
+        """The step of unit norm that raises the loss most; 0 where the gradient is 0."""
 
     def projection(self, x: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
         """A function that maps points into the ball around x and into [0, 1]. May reuse their memory."""
@@ -32,7 +32,7 @@ class Linf:
         return 1.0
 
     def direction(self, gradient: Tensor) -> Tensor:
-        return gradient.sign_()
+        return gradient.sign()
 
     def projection(self, x: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
         # The box and the pixel range are both intervals: one clamp to their intersection does both.

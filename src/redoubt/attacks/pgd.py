@@ -58,15 +58,15 @@ class PGD:
             raise UserError(f"norm={norm!r} is not known: take one of {', '.join(BALLS)}")
         if start not in ("uniform", "normal", "none"):
             raise UserError(f"start={start!r} is not known: take uniform, normal or none")
-        if steps < 0 or patience < 0:
-            raise UserError(f"steps={steps} and patience={patience} must not be negative")
+        self.eps, self.sigma = as_number(eps, "eps"), as_number(sigma, "sigma")
+        for name, value in (("steps", steps), ("patience", patience), ("eps", self.eps), ("sigma", self.sigma)):
+            if value < 0:
+                raise UserError(f"{name}={value} must not be negative")
         self.ball: Ball = BALLS[norm]
         self.norm = norm
-        self.eps = as_number(eps, "eps")
         self.step_size = _step_size(self.eps, step, step_abs)
         self.steps = int(steps)
         self.start = start
-        self.sigma = as_number(sigma, "sigma")
         self.clip_start = clip_start
         self.keep_best = keep_best
         self.patience = int(patience)
@@ -77,12 +77,18 @@ class PGD:
             )
 
     def start_point(
-        self, x: Tensor, *, generator: torch.Generator | None = None, rows: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        *,
+        eps: PerExample | None = None,
+        generator: torch.Generator | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> Tensor:
         """Where the ascent begins.
 
         Args:
             x: Examples [B, C, H, W].
+            eps: Radius of the uniform start, one number or one per example; the attack's own where None.
             generator: Source of the random numbers; torch's global one where None.
             rows: (first, total): the numbers are drawn for ``total`` examples and x holds those from ``first``
                 on, so that every rank and micro-batch of one global batch draws the same numbers.
@@ -94,7 +100,7 @@ class PGD:
         if self.start == "normal":
             noise = self.sigma * torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)[b]
         else:
-            noise = self.ball.uniform(shape, generator, x)[b] * self.eps
+            noise = self.ball.uniform(shape, generator, x)[b] * _per_example(self.eps if eps is None else eps, x)
         start = x + noise
         return start.clamp_(0.0, 1.0) if self.clip_start else start
 
@@ -119,13 +125,16 @@ class PGD:
             steps: One number, or one per example [B] (read once from the device).
 
         Returns:
-            Detached examples [B, C, H, W] in the ball and in [0, 1] (where at least one step was made).
+            Detached examples [B, C, H, W] in the ball and in [0, 1].
         """
+        x = x.detach()
         eps = _per_example(self.eps if eps is None else eps, x)
         step_size = _per_example(self.step_size if step_size is None else step_size, x)
         steps = self.steps if steps is None else steps
         project = self.ball.projection(x, eps)
-        adv = (self.start_point(x) if start is None else start).detach()
+        adv = (self.start_point(x, eps=eps) if start is None else start).detach()
+        if self.keep_best or (isinstance(steps, int) and steps == 0):
+            adv = project(adv.clone())  # the start may be what is returned
         spent: Tensor | None = None  # steps begun while done
         best = _Best() if self.keep_best else None
         for k in range(int(steps.max()) if isinstance(steps, Tensor) else steps):
@@ -137,6 +146,8 @@ class PGD:
             if done is not None:
                 spent = done.long() if spent is None else spent + done
                 moving = spent <= self.patience if moving is None else moving & (spent <= self.patience)
+            if moving is not None and k == 0:
+                adv = project(adv.clone())  # for those that never move
             adv = moved if moving is None else torch.where(_broadcast(moving, x), moved, adv)
         if best is None:
             return adv
@@ -185,7 +196,10 @@ def _step_size(eps: float, step: float | str, step_abs: float | str | Mapping[st
     elif isinstance(step_abs, Mapping):
         if set(step_abs) != {"size", "eps"}:
             raise UserError("step_abs takes a number, or the two keys size and eps of a printed pair")
-        size = as_number(step_abs["size"], "step_abs.size") * (eps / as_number(step_abs["eps"], "step_abs.eps"))
+        printed = as_number(step_abs["eps"], "step_abs.eps")
+        if printed <= 0:
+            raise UserError(f"step_abs.eps={printed} must be positive")
+        size = as_number(step_abs["size"], "step_abs.size") * (eps / printed)
     else:
         size = as_number(step_abs, "step_abs")
     if size < 0:
@@ -194,7 +208,7 @@ def _step_size(eps: float, step: float | str, step_abs: float | str | Mapping[st
 
 
 def _per_example(value: PerExample, x: Tensor) -> PerExample:
-    return _broadcast(value.to(x), x) if isinstance(value, Tensor) and value.dim() else value
+    return _broadcast(value.to(x), x) if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
 def _broadcast(value: Tensor, x: Tensor) -> Tensor:

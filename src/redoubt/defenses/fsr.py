@@ -202,6 +202,8 @@ def map_shapes(net: nn.Module, names: Sequence[str], image_size: int) -> dict[st
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or output.dim() != 4:
                 raise UserError(f"defense.at={name!r} puts out no feature map [B, C, H, W]: name another module")
+            if name in shapes:
+                raise UserError(f"defense.at={name!r} is called more than once in a forward: name the module around it")
             shapes[name] = (output.shape[1], output.shape[2], output.shape[3])
 
         return hook

@@ -76,12 +76,13 @@ def differentiate(
 
 
 def add(total: list[Gradient] | None, new: list[Gradient]) -> list[Gradient]:
-    """Sums two sets of gradients in place."""
+    """Sums two sets of gradients, in place where both are there."""
     if total is None:
         return new
     for old, more in zip(total, new, strict=True):
-        pairs = [(a, b) for a, b in zip(old, more, strict=True) if a is not None and b is not None]
-        torch._foreach_add_([a for a, _ in pairs], [b for _, b in pairs])
+        both = [(a, b) for a, b in zip(old, more, strict=True) if a is not None and b is not None]
+        torch._foreach_add_([a for a, _ in both], [b for _, b in both])
+        old[:] = [b if a is None else a for a, b in zip(old, more, strict=True)]
     return total
 
 

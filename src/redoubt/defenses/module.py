@@ -288,6 +288,11 @@ class RobustModule(LightningModule):
                 "optimizer: this one has no fused step, which a loss that is not finite needs to be called off: "
                 "take torch.optim.SGD or AdamW with fused: true"
             )
+        if isinstance(optimizer, torch.optim.SGD):
+            # torch allocates momentum in the first step and, if that one is called off, leaves it unwritten.
+            for group in optimizer.param_groups:
+                for p in group["params"] if group["momentum"] and not group["dampening"] else ():
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return [optimizer]
 
     def raw_optimizers(self) -> list[Optimizer]:

@@ -45,7 +45,7 @@ class Schedule:
             raise UserError(f"schedule.kind={kind!r} is not known: take one of {', '.join(KINDS)}")
         if interval not in ("epoch", "step"):
             raise UserError(f"schedule.interval={interval!r} is not known: take epoch or step")
-        if kind == "multistep" and len(milestones) != len(factors):
+        if len(milestones) != len(factors):
             raise UserError(
                 f"schedule.milestones has {len(milestones)} entries and schedule.factors {len(factors)}: "
                 "give one factor per milestone"

@@ -1,0 +1,422 @@
+"""The command line as a user's shell sees it: processes, their output, what they leave on the disk."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from redoubt.build import build_module
+from redoubt.runs.store import Run, Store
+from redoubt.training.recorder import read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
+
+#: Forks itself for each command: importing torch and lightning takes seconds, a fork none.
+SERVER = """
+import json, os, sys, time
+import torch, torchvision, lightning.pytorch
+torch.set_num_threads(1)
+import redoubt.jobs, redoubt.cli
+children = {}
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" in job:
+        end, code = time.monotonic() + job["seconds"], None
+        while code is None and time.monotonic() < end:
+            pid, status = os.waitpid(job["wait"], os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if pid else time.sleep(0.02)
+        if code is None:
+            os.kill(job["wait"], 9)
+            os.waitpid(job["wait"], 0)
+        print(json.dumps(code), flush=True)
+        continue
+    pid = os.fork()
+    if pid:
+        print(json.dumps(pid), flush=True)
+        continue
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    sys.path[:0] = filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))
+    for number, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", 1)
+    sys.argv = ["redoubt", *job["argv"]]
+    redoubt.cli.main()
+"""
+
+
+@functools.cache
+def server() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **QUIET}, cwd=ROOT,
+    )  # fmt: skip
+    atexit.register(process.kill)
+    return process
+
+
+def ask(**job: Any) -> Any:
+    process = server()
+    assert process.stdin is not None and process.stdout is not None
+    print(json.dumps(job), file=process.stdin, flush=True)
+    return json.loads(process.stdout.readline())
+
+
+@dataclass
+class Command:
+    """A command that was started in a folder."""
+
+    pid: int
+    outfile: Path
+    errfile: Path
+
+    def end(self, seconds: float = 120) -> Command:
+        self.began = time.monotonic()
+        self.code = ask(wait=self.pid, seconds=seconds)
+        self.out, self.err = self.outfile.read_text(), self.errfile.read_text()
+        return self
+
+    def good(self) -> Command:
+        assert self.code == 0, self.out + self.err
+        assert "Traceback" not in self.err
+        return self
+
+
+def start(cwd: Path, *argv: str, name: str = "", **env: str) -> Command:
+    """Begins ``redoubt argv`` in a process of its own."""
+    cwd.mkdir(parents=True, exist_ok=True)
+    name = name or f"{time.monotonic_ns()}"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "PYTEST"))}
+    out, err = cwd / f"{name}.out", cwd / f"{name}.err"
+    pid = ask(argv=argv, cwd=str(cwd), env={**kept, **QUIET, **env}, out=str(out), err=str(err))
+    return Command(pid, out, err)
+
+
+def redoubt(cwd: Path, *argv: str, seconds: float = 120, **env: str) -> Command:
+    return start(cwd, *argv, **env).end(seconds)
+
+
+SMALL = (
+    "model=cnn_small", "model.widths=[4,4,8,8]", "data=digits", "data.source=fake", "data.image_size=8",
+    "data.limit_train=30", "data.limit_test=10", "data.batch_size=10", "data.probe=10", "trainer=cpu",
+    "trainer.max_epochs=1", "trainer.progress=false", "inner.steps=1", "validation.steps=1", "validation.step=1",
+    "attack=none",
+)  # fmt: skip
+
+
+def only_run(folder: Path) -> Run:
+    (run,) = Store(folder / "outputs").list()
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Command]:
+    """A folder in which one small cell was trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, redoubt(folder, "train", *SMALL, "data.val_fraction=0.2").good()
+
+
+def columns(out: str) -> list[str]:
+    """Titles of the table's columns of results."""
+    return re.findall(r"\w+ \+ \w+(?=\s*┃)", out)
+
+
+def test_shim_trains_the_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """``python src/train.py experiment=demo``: a table with the plain net beside it, and the folder."""
+    tiny = ["trainer.max_epochs=1", "data.limit_train=40", "data.limit_test=20", "inner.steps=1", "attack=pgd20"]
+    tiny += ["trainer=cpu", "model.widths=[4,4,8,8]", "validation.steps=1", "validation.step=1", "+natural.trainer.max_epochs=1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "src/train.py"), "experiment=demo", *tiny],
+        cwd=tmp_path, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert columns(done.stdout) == ["fsr + at", "none + standard"]
+    assert "Natural" in done.stdout
+    assert "PGD-20" in done.stdout
+    folder = re.findall(r"^run: (.*)$", done.stdout, re.M)
+    assert len(folder) == 1
+    assert (tmp_path / folder[0] / "checkpoints/last.ckpt").is_file()
+    assert Path(folder[0]).name.startswith("fsr-at-resnet_small-digits-s0-")
+    said = [line for line in done.stderr.splitlines() if line.startswith("training ")]
+    assert len(said) == 2  # the cell and its natural twin: run, recipe, device and precision in one line
+    for part in ("fsr-at-resnet_small-digits-s0-", "recipe/data/digits", "CPU", "32-true"):
+        assert part in said[0]
+
+
+def test_the_same_command_again_answers_from_the_store(trained: tuple[Path, Command]) -> None:
+    folder, first = trained
+    run = only_run(folder)
+    before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    again = redoubt(folder, "train", *SMALL, "data.val_fraction=0.2").good()
+    assert again.out == first.out
+    assert "finished: answered from" in again.err
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert only_run(folder).folder == run.folder
+
+
+def test_a_run_leaves_what_the_house_says(trained: tuple[Path, Command]) -> None:
+    folder, _ = trained
+    run = only_run(folder)
+    files = {p.relative_to(run.folder).as_posix() for p in run.folder.rglob("*") if p.is_file()}
+    (evaluation,) = run.evaluations()
+    name = evaluation[0].relative_to(run.folder).as_posix()
+    assert files - {".lock"} == {
+        "config.yaml", "environment.json", "status.json", "metrics.csv", "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt", f"{name}/results.json", f"{name}/verdicts.npz", f"{name}/attack.json",
+    }  # fmt: skip
+    (row,) = read_rows(run.metrics_file)
+    wanted = {"epoch", "step", "lr", "images_per_second", "train/loss", "train/ce", "val/clean", "val/pgd1"}
+    assert wanted <= set(row)
+    assert float(row["images_per_second"]) > 0
+    assert run.status["state"] == "done"
+    assert run.status["train_seconds"] > 0
+    environment = json.loads(run.environment_file.read_text())
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_help_without_torch(tmp_path: Path) -> None:
+    """No torch on the path: --help and a wrong command answer all the same, and fast."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    env = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
+    for argv, code, says in ((["train", "--help"], 0, "defense: fsr, none"), (["foo"], 2, "redoubt: 'foo' is no")):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "redoubt.cli", *argv], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+        assert says in done.stdout + done.stderr
+        assert time.monotonic() - began < 5
+
+
+def test_eval_of_a_run_by_name(trained: tuple[Path, Command]) -> None:
+    folder, _ = trained
+    run = only_run(folder)
+    before = len(run.evaluations())
+    checkpoint = run.last.read_bytes()
+    done = redoubt(folder, "eval", f"run={run.name}", "attack=pgd20", "trainer=cpu").good()
+    assert "PGD-20" in done.out
+    assert f"run: {Path('outputs/runs') / run.name}" in done.out
+    assert len(run.evaluations()) == before + 1
+    assert run.last.read_bytes() == checkpoint
+    best = redoubt(folder, "eval", f"run={run.hash}", "attack=pgd20", "evaluation.checkpoint=best").good()
+    assert "PGD-20" in best.out
+
+
+def test_eval_of_anybodys_weights(tmp_path: Path, cell: Any) -> None:
+    net = build_module(cell("model=cnn_small", "model.widths=[4,4,8,8]", "seed=5", "data.image_size=8")).net
+    torch.save(net.state_dict(), tmp_path / "theirs.pt")
+    done = redoubt(tmp_path, "eval", *SMALL, "checkpoint=theirs.pt", "attack=pgd20").good()
+    assert "PGD-20" in done.out
+    assert not (tmp_path / "outputs/runs").exists()
+    (file,) = (tmp_path / "outputs/eval").glob("*/results.json")
+    results = json.loads(file.read_text())
+    assert results["run"] == "theirs"
+    assert results["n"] == 10
+    verdicts = np.load(file.with_name("verdicts.npz"))
+    # The weights of the file were attacked, not those that a fresh net has: their accuracy is what we compute.
+    images, labels = _test_images()
+    with torch.no_grad():
+        right = (net.eval()(images).argmax(1) == labels).numpy()
+    assert (verdicts["natural"] == right).all()
+
+
+def _test_images() -> tuple[torch.Tensor, torch.Tensor]:
+    from redoubt import config
+    from redoubt.build import build_data
+
+    images, labels = build_data(config.resolve(config.compose(SMALL))).arrays("test")
+    return images.float() / 255, labels
+
+
+def test_plan_prints_and_leaves_nothing(tmp_path: Path) -> None:
+    done = redoubt(tmp_path, "train", *SMALL, "defense=fsr", "plan=true").good()
+    for word in ("plan: nothing is trained", "fsr-at-cnn_small-digits-s0-", "recipe/data/digits", "parameters",
+                 "time, estimated", "memory, estimated"):  # fmt: skip
+        assert word in done.out
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_fast_dev_run_knows_no_store(trained: tuple[Path, Command], tmp_path: Path) -> None:
+    done = redoubt(tmp_path, "train", *SMALL, "trainer.fast_dev_run=true", "evaluation.beside=standard").good()
+    assert columns(done.out) == ["none + at", "none + standard"]
+    assert "nothing was stored" in done.out
+    assert not (tmp_path / "outputs").exists()
+    folder, _ = trained
+    there = redoubt(folder, "train", *SMALL, "data.val_fraction=0.2", "trainer.fast_dev_run=true").good()
+    assert "answered from" not in there.err  # it does not read the store either
+    assert len(Store(folder / "outputs").list()) == 1
+
+
+def test_multirun_and_runs_ls(tmp_path: Path) -> None:
+    done = redoubt(tmp_path, "train", "-m", *SMALL, "base=at,trades").good()
+    assert len(re.findall(r"^run: ", done.out, re.M)) == 2
+    assert {r.readable for r in Store(tmp_path / "outputs").list()} == {
+        "none-at-cnn_small-digits-s0", "none-trades-cnn_small-digits-s0",
+    }  # fmt: skip
+    assert not [p.name for p in tmp_path.iterdir() if p.name in ("multirun", "multirun.yaml", ".hydra")]
+    listing = redoubt(tmp_path, "runs", "ls").good().out
+    assert listing.count(" done ") == 2
+    # A grid over attacks trains nothing again.
+    again = redoubt(tmp_path, "train", "-m", *SMALL, "base=at,trades", "attack=none,pgd20").good()
+    assert len(re.findall(r"answered from", again.err)) == 4
+    assert len(Store(tmp_path / "outputs").list()) == 2
+
+
+def test_a_multirun_goes_on_after_a_cell_that_fails(tmp_path: Path) -> None:
+    done = redoubt(tmp_path, "train", "-m", *SMALL, "optimizer.lr=-1,0.1")
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert [line for line in done.err.splitlines() if line.startswith("redoubt: ")] == [
+        "redoubt: optimizer.lr=-1 must be at least 0"
+    ]
+    assert only_run(tmp_path).status["state"] == "done"
+
+
+def own_package(folder: Path) -> Path:
+    """A user's own net, objective and defense, with their yaml files and the list of what may be called."""
+    package, conf = folder / "theirs/ours_too", folder / "conf"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "parts.py").write_text(
+        """
+import hashlib, os, time
+import torch
+from torch import nn
+from redoubt.defenses import FSR, RobustModule
+from redoubt.objectives import Objective
+
+
+class Linear(nn.Module):
+    feature_layer = "unused"
+
+    def __init__(self, *, num_classes, image_size):
+        super().__init__()
+        self.fc = nn.Linear(3 * image_size**2, num_classes)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
+class Twice(Objective):
+    def outer(self, adv, y, clean=None):
+        return {"twice": 2 * self.cross_entropy(adv, y)}
+
+
+class Dies(Objective):
+    def outer(self, adv, y, clean=None):
+        if os.environ.get("RANK") == "1":
+            with open("died.txt", "w") as file:
+                file.write(str(time.time()))
+            raise RuntimeError("rank 1 dies")
+        return {"ce": self.cross_entropy(adv, y)}
+
+
+class Spoilt(Objective):
+    def outer(self, adv, y, clean=None):
+        factor = float("nan") if os.environ.get("RANK") == "1" else 1.0
+        return {"ce": factor * self.cross_entropy(adv, y)}
+
+
+class Decay(RobustModule):
+    def __init__(self, *, strength, **rest):
+        super().__init__(**rest)
+        self.strength = strength
+
+    def auxiliary(self, logits, sides, y):
+        return {"penalty": self.strength * logits.square().mean()}
+
+
+class Told(RobustModule):
+    def on_fit_end(self):
+        digest = hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in self.parameters()))
+        with open(f"rank{os.environ.get('RANK', 0)}.txt", "w") as file:
+            file.write(digest.hexdigest())
+
+
+class ToldFSR(Told, FSR):
+    pass
+"""
+    )
+    files = {
+        "model/linear": "Linear\nnum_classes: ${data.num_classes}\nimage_size: ${data.image_size}",
+        "base/twice": "Twice\nlabel_smoothing: ${label_smoothing}",
+        "base/dies": "Dies\nlabel_smoothing: ${label_smoothing}",
+        "base/spoilt": "Spoilt\nlabel_smoothing: ${label_smoothing}",
+        "defense/decay": "Decay\nstrength: 0.5",
+        "defense/told": "Told",
+        "defense/told_fsr": "ToldFSR",
+    }
+    for name, text in files.items():
+        text = f"_target_: ours_too.parts.{text}\n"
+        if name.startswith("base/"):  # a base's file is of the whole config, as it picks the inner attack
+            text = "# @package _global_\nbase:\n  " + text.replace("\n", "\n  ").rstrip() + "\n"
+        (conf / name).parent.mkdir(parents=True, exist_ok=True)
+        (conf / f"{name}.yaml").write_text(text)
+    (conf / "redoubt.allow").write_text("# ours\nours_too\n")
+    return conf
+
+
+def python_path(folder: Path) -> dict[str, str]:
+    """The environment in which the parts of `own_package` can be imported."""
+    there = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(folder / "theirs"), *([there] if there else [])])}
+
+
+def test_parts_of_a_users_own(tmp_path: Path) -> None:
+    conf = own_package(tmp_path)
+    own = ["--config-dir", str(conf), "model=linear", "base=twice", "defense=decay", *SMALL[2:]]
+    done = redoubt(tmp_path, "train", *own, **python_path(tmp_path)).good()
+    assert columns(done.out) == ["decay + twice"]
+    run = only_run(tmp_path)
+    assert run.readable == "decay-twice-linear-digits-s0"
+    (row,) = read_rows(run.metrics_file)
+    assert float(row["train/loss"]) == pytest.approx(float(row["train/twice"]) + float(row["train/penalty"]))
+    (conf / "redoubt.allow").unlink()
+    refused = redoubt(tmp_path, "train", *own, "seed=1", **python_path(tmp_path))
+    assert refused.code == 2
+    assert "redoubt.allow" in refused.err
+    assert "Traceback" not in refused.err
+    assert [r.status["state"] for r in Store(tmp_path / "outputs").list()] == ["done", "failed"]
+
+
+def test_tensorboard_beside_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    redoubt(tmp_path, "train", *SMALL, "logger=tensorboard").good()
+    run = only_run(tmp_path)
+    assert list(run.folder.rglob("events.out.tfevents*"))
+    assert read_rows(run.metrics_file)
+
+
+def test_wandb_offline_asks_nothing_and_keeps_no_secret(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    canary = "c0ffee" * 6 + "abcd"
+    done = redoubt(
+        tmp_path, "train", *SMALL, "logger=wandb", "logger.offline=true", seconds=60, WANDB_API_KEY=canary
+    ).good()
+    run = only_run(tmp_path)
+    assert list(run.folder.rglob("*.wandb"))
+    assert canary not in done.out + done.err
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        assert canary.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_wandb_without_a_key_is_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    redoubt(tmp_path, "train", *SMALL, "logger=wandb", seconds=60, HOME=str(tmp_path / "home")).good()
+    assert list(only_run(tmp_path).folder.rglob("offline-run-*"))

@@ -1,0 +1,140 @@
+"""Two processes on the CPU are one run: the same weights, the same verdicts, one end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from redoubt.runs.store import Run
+from redoubt.training.recorder import read_rows
+from tests.test_cli import SMALL, Command, only_run, own_package, python_path, redoubt, start
+
+TWO = [
+    *SMALL, "data.limit_train=29", "data.batch_size=8", "data.limit_test=25", "inner.steps=2", "trainer=ddp_cpu",
+]  # fmt: skip
+ATTACK = ["evaluation.chunk=4", "attack=pgd20", "attack.attacks.pgd20.start=uniform"]
+
+
+def of_own(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """What makes a user's own parts available: arguments and environment."""
+    conf = own_package(folder)
+    return ["--config-dir", str(conf)], python_path(folder)
+
+
+def launched(folder: Path, *argv: str, **env: str) -> list[Command]:
+    """The two processes of a command, started as torchrun does."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0", **env}
+    return [
+        start(folder, *argv, name=f"rank{r}", **common, LOCAL_RANK=str(r), RANK=str(r)) for r in range(2)
+    ]
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return torch.load(run.last, weights_only=True)["state_dict"]
+
+
+def verdicts(run: Run) -> bytes:
+    (found,) = run.eval.glob("*/verdicts.npz")
+    return found.read_bytes()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Without BatchNorm: weights to 1e-6, the same verdicts, the same row of metrics."""
+    own, env = of_own(tmp_path)
+    two = redoubt(tmp_path / "two", "train", *own, "defense=told", *TWO, *ATTACK, **env).good()
+    one = redoubt(tmp_path / "one", "train", *own, "defense=told", *TWO, *ATTACK, "trainer=cpu", **env).good()
+    told = [(tmp_path / "two" / f"rank{r}.txt").read_text() for r in range(2)]
+    assert told[0] == told[1]
+    a, b = only_run(tmp_path / "two"), only_run(tmp_path / "one")
+    assert a.name == b.name
+    for key, tensor in weights(b).items():
+        torch.testing.assert_close(weights(a)[key], tensor, atol=1e-6, rtol=0, msg=key)
+    (ra,), (rb,) = read_rows(a.metrics_file), read_rows(b.metrics_file)
+    assert ra.keys() == rb.keys()
+    for key in ra.keys() - {"images_per_second"}:
+        assert float(ra[key]) == pytest.approx(float(rb[key]), rel=1e-4, abs=1e-6), key
+    # one table, from rank 0
+    assert two.out.count("PGD-20") == one.out.count("PGD-20") == 1
+    # one checkpoint, attacked by two processes in training's wake and now by one
+    stored = verdicts(a)
+    shutil.rmtree(a.eval)
+    redoubt(tmp_path / "two", "eval", *own, f"run={a.name}", *ATTACK, "trainer=cpu", **env).good()
+    assert verdicts(a) == stored
+    assert len(np.load(next(a.eval.glob("*/verdicts.npz")))["pgd20"]) == 25
+
+
+def test_a_child_that_dies_ends_the_parent(tmp_path: Path) -> None:
+    own, env = of_own(tmp_path)
+    done = redoubt(tmp_path, "train", *own, "base=dies", *TWO, seconds=100, **env)
+    ended = time.time()
+    assert done.code not in (0, None)
+    assert ended - float((tmp_path / "died.txt").read_text()) < 15
+    assert "rank 1 dies" in done.err  # the cause, not only that the connection to rank 1 broke
+    assert any(line.startswith("redoubt: rank 1 ended") for line in done.err.splitlines())
+    assert only_run(tmp_path).status["state"] in ("failed", "interrupted")
+
+
+@pytest.mark.parametrize("extra", [[], ["base=trades", "trainer.accumulate=2", "ema=wa", "optimizer.clip=1"]])
+def test_ranks_of_a_launcher_hold_the_same_weights(tmp_path: Path, extra: list[str]) -> None:
+    """Started as torchrun does; a net with BatchNorm and FSR's random masks."""
+    own, env = of_own(tmp_path)
+    net = ["model=resnet_small", "model.widths=[4,4,8,8]", *TWO[2:], "data.image_size=16"]
+    for command in launched(tmp_path, "train", *own, "defense=told_fsr", *net, *extra, **env):
+        command.end().good()
+    told = [(tmp_path / f"rank{r}.txt").read_text() for r in range(2)]
+    assert told[0] == told[1]
+    assert only_run(tmp_path).status["state"] == "done"
+    assert (tmp_path / "rank1.out").read_text() == ""
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_both(tmp_path: Path) -> None:
+    own, env = of_own(tmp_path)
+    pair = launched(tmp_path, "train", *own, "base=spoilt", *TWO, **env)
+    for command in pair:
+        assert command.end(60).code == 2, command.out + command.err
+        assert "not finite" in command.err
+        assert "Traceback" not in command.err
+    status = only_run(tmp_path).status
+    assert status["state"] == "failed"
+    assert "not finite" in status["reason"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_rank_ends_both_and_the_run_goes_on(tmp_path: Path, rank: int) -> None:
+    own, env = of_own(tmp_path)
+    argv = ["train", *own, "defense=told", *TWO, "trainer.max_epochs=400"]
+    argv += ["validation.every=400"]
+    pair = launched(tmp_path, *argv, **env)
+    wait_for(lambda: only_run(tmp_path).last.is_file())
+    os.kill(pair[rank].pid, signal.SIGTERM)
+    began = time.monotonic()
+    codes = [command.end(30).code for command in pair]
+    assert time.monotonic() - began < 20
+    assert all(code not in (0, None, -9) for code in codes), codes
+    run = only_run(tmp_path)
+    assert run.status["state"] == "interrupted"
+    assert 0 < torch.load(run.last, weights_only=True)["redoubt"]["steps_done"] < 1600
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if condition():
+                return
+        except ValueError:  # no run yet
+            pass
+        time.sleep(0.05)
+    raise AssertionError("nothing happened")

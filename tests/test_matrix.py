@@ -1,0 +1,214 @@
+"""Every cell of the grid composes; every kind of cell trains a step. New files in conf/ are found by themselves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from redoubt import config
+from redoubt.build import build_data, build_module, locate
+from redoubt.defenses import FSR
+from redoubt.errors import UserError
+from redoubt.runs import running
+
+CONF = Path(config.config_dir())
+
+
+def options(group: str) -> list[str]:
+    found = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    assert found
+    return found
+
+
+GRID = {group: options(group) for group in ("defense", "base", "model", "data")}
+DEFENSES, BASES, MODELS, DATA = GRID.values()
+
+#: The named terms of each base, and what a defense adds; a defense that is not here is only asked for finite ones.
+TERMS = {"standard": {"ce"}, "at": {"ce"}, "trades": {"ce", "kl"}, "mart": {"ce", "margin", "kl"}}
+ADDED = {"none": set(), "fsr": {"sep", "rec"}}
+
+ONE_STEP = (
+    "data.source=fake", "data.limit_train=10", "data.limit_test=10", "data.batch_size=2", "data.probe=10",
+    "inner.steps=1", "validation.steps=1", "validation.step=1", "attack=none", "trainer=cpu",
+    "trainer.progress=false", "trainer.max_epochs=1", "trainer.fast_dev_run=true",
+)  # fmt: skip
+
+Cell = tuple[str, str, str, str]
+
+
+def pairs(cell: Cell) -> set[tuple[int, str, int, str]]:
+    return {(i, cell[i], j, cell[j]) for i, j in itertools.combinations(range(4), 2)}
+
+
+def covering(cells: Iterable[Cell]) -> list[Cell]:
+    """Few of the cells in which every pair of choices occurs (greedily)."""
+    left = {cell: pairs(cell) for cell in cells}
+    missing, chosen = set().union(*left.values()), []
+    while missing:
+        best = max(left, key=lambda cell: len(left[cell] & missing))
+        missing -= left.pop(best)
+        chosen.append(best)
+    return chosen
+
+
+CELLS: list[Cell] = list(itertools.product(DEFENSES, BASES, MODELS, DATA))
+PAIRS = covering(CELLS)
+
+
+def compose(cell: Cell, *more: str) -> DictConfig:
+    return config.compose([*(f"{k}={v}" for k, v in zip(GRID, cell, strict=True)), *more])
+
+
+def check_composes(cells: Iterable[Cell]) -> None:
+    for cell in cells:
+        cfg = compose(cell)
+        assert [cfg.axes[axis] for axis in GRID] == list(cell)
+        resolved = config.resolve(cfg)
+        assert not list(unresolved(OmegaConf.to_container(resolved)))
+        assert resolved.model.num_classes == resolved.data.num_classes
+        assert resolved.defense._target_ == load("defense", cell[0])._target_
+        assert resolved.base._target_ == load("base", cell[1]).base._target_
+        assert resolved.model._target_ == load("model", cell[2])._target_
+        assert resolved.data._target_ == load("data", cell[3])._target_
+
+
+def load(group: str, option: str) -> DictConfig:
+    found = OmegaConf.load(CONF / group / f"{option}.yaml")
+    assert isinstance(found, DictConfig)
+    return found
+
+
+def unresolved(tree: object) -> Iterator[str]:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for item in tree:
+            yield from unresolved(item)
+    elif isinstance(tree, str) and ("${" in tree or tree == "???"):
+        yield tree
+
+
+def test_every_pair_of_choices_is_among_the_cells() -> None:
+    wanted = len(set().union(*map(pairs, CELLS)))
+    assert len(set().union(*map(pairs, PAIRS))) == wanted
+    assert len(PAIRS) < len(CELLS) / 4
+
+
+def test_every_pair_composes_resolves_and_is_checked() -> None:
+    check_composes(PAIRS)
+
+
+@pytest.mark.slow
+def test_every_cell_composes_resolves_and_is_checked() -> None:
+    check_composes(CELLS)
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes_and_is_checked(name: str) -> None:
+    cfg = config.resolve(config.compose([f"experiment={name}"]))
+    assert f"experiment/{name}" in cfg.axes.recipes
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(g, o) for g in ("threat", "optimizer", "schedule", "ema", "inner", "attack") for o in options(g)],
+)
+def test_every_option_of_the_other_groups_composes_and_builds(group: str, option: str) -> None:
+    small = ["model=cnn_small", "model.widths=[2,2,2,2]", "data=digits"]
+    module = build_module(config.compose([*small, f"{group}={option}"]))
+    assert module.make_optimizer(module.parameters()).param_groups[0]["lr"] > 0
+
+
+def step(cell: Cell, *more: str) -> dict[str, float]:
+    """What one real training step through Lightning logs."""
+    cfg = config.resolve(compose(cell, *ONE_STEP, *more))
+    before = build_module(cfg).state_dict()
+    module = running._fit(cfg, build_data(cfg), None)
+    assert module.steps_done == 1
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.isfinite(t).all() for t in after.values())
+    moved = [k for k, _ in module.named_parameters() if not torch.equal(before[k], after[k].cpu())]
+    assert len(moved) > 0.9 * len(list(module.parameters())), "most parameters are trained"
+    return {k: float(v) for k, v in module.trainer.callback_metrics.items()}
+
+
+def allowed(defense: str) -> tuple[str, ...]:
+    return tuple(getattr(locate(load("defense", defense)._target_, "defense"), "bases", tuple(BASES)))
+
+
+@pytest.mark.parametrize(("defense", "base"), itertools.product(DEFENSES, BASES))
+def test_a_step_of_every_defense_on_every_base(defense: str, base: str) -> None:
+    cell = (defense, base, "resnet_small", "cifar10")
+    if base not in allowed(defense):
+        with pytest.raises(UserError, match=f"base={base} is not defined for this defense"):
+            build_module(compose(cell))
+        return
+    logged = step(cell)
+    terms = {k.removeprefix("train/") for k in logged if k.startswith("train/")}
+    terms -= {"loss", "grad_norm", "accuracy_adv"}
+    if base in TERMS and defense in ADDED:
+        assert terms == TERMS[base] | ADDED[defense]
+    assert terms
+    assert logged["train/loss"] == pytest.approx(sum(logged[f"train/{t}"] for t in terms), rel=1e-5)
+    assert {"train_probe/clean", "train_probe/pgd1", "lr"} <= set(logged)
+
+
+def test_a_base_that_a_defense_does_not_list_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FSR, "bases", ("at", "mart"))
+    build_module(compose(("fsr", "at", "cnn_small", "digits")))
+    with pytest.raises(UserError) as refused:
+        build_module(compose(("fsr", "trades", "cnn_small", "digits")))
+    assert str(refused.value) == "base=trades is not defined for this defense: take one of base=at, mart"
+
+
+#: Behind `make test-all`: seconds a step.
+HEAVY = ("wrn34_10", "vgg16", "resnet18", "preact_resnet18")
+#: At its own size a deep library net has no feature map left.
+AT_32 = ("data.image_size=32",)
+
+
+def nets() -> Iterator[object]:
+    for i, (model, data, defense) in enumerate(itertools.product(MODELS, DATA, DEFENSES)):
+        light = model in ("cnn_small", "resnet_small") or (model not in HEAVY and i % 5 == 0)
+        first = model in ("resnet18", "vgg16") and (data, defense) == ("cifar10", "fsr")
+        yield pytest.param(model, data, defense, marks=() if light or first else pytest.mark.slow)
+
+
+def default_base(defense: str) -> str:
+    return str(config.compose([f"defense={defense}"]).axes.base)
+
+
+@pytest.mark.parametrize(("model", "data", "defense"), nets())
+def test_a_step_of_every_net_on_all_data(model: str, data: str, defense: str) -> None:
+    step((defense, default_base(defense), model, data), *AT_32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "defense"), itertools.product(MODELS, DEFENSES))
+def test_a_step_of_every_net_at_64_pixels(model: str, defense: str) -> None:
+    step((defense, default_base(defense), model, "tiny_imagenet"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("model", [m for m in MODELS if m != "resnet_small"])
+def test_a_step_of_every_net_on_every_base(model: str, defense: str, base: str) -> None:
+    if base in allowed(defense):
+        step((defense, base, model, "cifar10"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("torchvision", "shufflenet_v2_x0_5"), ("timm", "resnet10t")], ids=lambda v: v
+)
+def test_any_library_net_takes_any_defense(model: str, name: str) -> None:
+    if model == "timm":
+        pytest.importorskip("timm")
+    for defense in DEFENSES:
+        step((defense, default_base(defense), model, "cifar10"), f"model.name={name}")
