@@ -216,6 +216,8 @@ def explain(error: BaseException) -> str:
         key = unknown[1]
         where = re.search(r"Key '([^']+)' is not in struct", text)
         return f"{key} is not a key of this config{_siblings(key)}" if where else f"{key}: {_first(text)}"
+    if "Error parsing override" in text or "Error parsing override" in str(error):
+        return f"{_first(str(error))}: write key=value, and quote values with special characters, as 'key=\"a,b\"'"
     key = getattr(error, "full_key", None)
     first = _first(str(error) if key else text)
     return f"{key}: {first}" if key and key not in first else first

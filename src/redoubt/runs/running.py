@@ -177,6 +177,8 @@ def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
     twin.trainer = {**cfg.trainer, "max_epochs": own, "accumulate": 1}
     twin.evaluation = {**cfg.evaluation, "weights": None, "checkpoint": "last", "beside": None}
     for key, value in leaves(plain(cfg.natural)):
+        if value is None:
+            continue
         try:
             OmegaConf.update(twin, key, value)
         except Exception as error:

@@ -32,6 +32,8 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: Sequence[Callback], l
     t = cfg.trainer
     quiet_lightning()
     check_precision(cfg)
+    if t.sync_batchnorm and accelerator(cfg) == "cpu":
+        raise UserError("trainer.sync_batchnorm=true needs GPUs: torch synchronises BatchNorm there only")
     world = devices(cfg)
     if world > 1 or int(t.num_nodes) > 1 or t.strategy == "ddp":
         strategy: Any = PlainDDP(process_group_backend="gloo" if accelerator(cfg) == "cpu" else "nccl")
