@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ SERVER = """
 import json, os, sys, time
 import torch, torchvision, lightning.pytorch
 torch.set_num_threads(1)
-import redoubt.jobs, redoubt.cli
-children = {}
+import redoubt.jobs, redoubt.cli, redoubt.reporting.plan, redoubt.runs.commands, hydra.main
+redoubt.build.build_module(redoubt.config.compose(["model=resnet_small"]))  # imports what is imported late
 for line in sys.stdin:
     job = json.loads(line)
     if "wait" in job:
@@ -72,7 +73,8 @@ def server() -> subprocess.Popen[str]:
 
 def ask(**job: Any) -> Any:
     process = server()
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     print(json.dumps(job), file=process.stdin, flush=True)
     return json.loads(process.stdout.readline())
 
@@ -124,6 +126,25 @@ def only_run(folder: Path) -> Run:
     return run
 
 
+@pytest.fixture(scope="module", autouse=True)
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """``python src/train.py experiment=demo``, begun while the server imports torch."""
+    tiny = [
+        "trainer.max_epochs=1", "data.limit_train=40", "data.limit_test=20", "inner.steps=1", "attack=pgd20",
+        "trainer=cpu", "model.widths=[4,4,8,8]", "validation.steps=1", "validation.step=1",
+        "natural.trainer.max_epochs=1",
+    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, str(ROOT / "src/train.py"), "experiment=demo", *tiny]
+    env = {**os.environ, **QUIET}
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        server()
+        yield folder, process
+        process.kill()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Command]:
     """A folder in which one small cell was trained."""
@@ -136,23 +157,19 @@ def columns(out: str) -> list[str]:
     return re.findall(r"\w+ \+ \w+(?=\s*┃)", out)
 
 
-def test_shim_trains_the_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """``python src/train.py experiment=demo``: a table with the plain net beside it, and the folder."""
-    tiny = ["trainer.max_epochs=1", "data.limit_train=40", "data.limit_test=20", "inner.steps=1", "attack=pgd20"]
-    tiny += ["trainer=cpu", "model.widths=[4,4,8,8]", "validation.steps=1", "validation.step=1", "+natural.trainer.max_epochs=1"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "src/train.py"), "experiment=demo", *tiny],
-        cwd=tmp_path, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert columns(done.stdout) == ["fsr + at", "none + standard"]
-    assert "Natural" in done.stdout
-    assert "PGD-20" in done.stdout
-    folder = re.findall(r"^run: (.*)$", done.stdout, re.M)
+def test_shim_trains_the_demo_in_a_process_of_its_own(demo: tuple[Path, subprocess.Popen[str]]) -> None:
+    """A table with the plain net beside it, and the folder."""
+    where, process = demo
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert columns(out) == ["fsr + at", "none + standard"]
+    assert "Natural" in out
+    assert "PGD-20" in out
+    folder = re.findall(r"^run: (.*)$", out, re.M)
     assert len(folder) == 1
-    assert (tmp_path / folder[0] / "checkpoints/last.ckpt").is_file()
+    assert (where / folder[0] / "checkpoints/last.ckpt").is_file()
     assert Path(folder[0]).name.startswith("fsr-at-resnet_small-digits-s0-")
-    said = [line for line in done.stderr.splitlines() if line.startswith("training ")]
+    said = [line for line in err.splitlines() if line.startswith("training ")]
     assert len(said) == 2  # the cell and its natural twin: run, recipe, device and precision in one line
     for part in ("fsr-at-resnet_small-digits-s0-", "recipe/data/digits", "CPU", "32-true"):
         assert part in said[0]
@@ -263,20 +280,20 @@ def test_fast_dev_run_knows_no_store(trained: tuple[Path, Command], tmp_path: Pa
 
 
 def test_multirun_and_runs_ls(tmp_path: Path) -> None:
-    done = redoubt(tmp_path, "train", "-m", *SMALL, "base=at,trades").good()
-    assert len(re.findall(r"^run: ", done.out, re.M)) == 2
-    assert {r.readable for r in Store(tmp_path / "outputs").list()} == {
-        "none-at-cnn_small-digits-s0", "none-trades-cnn_small-digits-s0",
-    }  # fmt: skip
-    assert not [p.name for p in tmp_path.iterdir() if p.name in ("multirun", "multirun.yaml", ".hydra")]
-    listing = redoubt(tmp_path, "runs", "ls").good().out
-    assert listing.count(" done ") == 2
-    # A grid over attacks trains nothing again.
-    again = redoubt(tmp_path, "train", "-m", *SMALL, "base=at,trades", "attack=none,pgd20").good()
-    assert len(re.findall(r"answered from", again.err)) == 4
-    assert len(Store(tmp_path / "outputs").list()) == 2
+    """A grid over attacks trains each cell once, and leaves no file of Hydra's."""
+    done = redoubt(tmp_path, "train", "-m", *SMALL, "base=at,trades", "attack=none,pgd20").good()
+    assert len(re.findall(r"^run: ", done.out, re.M)) == 4
+    assert len(re.findall(r"^training ", done.err, re.M)) == 2
+    assert len(re.findall(r"finished: answered from", done.err)) == 2
+    store = Store(tmp_path / "outputs")
+    assert {r.readable for r in store.list()} == {"none-at-cnn_small-digits-s0", "none-trades-cnn_small-digits-s0"}
+    assert [len(r.evaluations()) for r in store.list()] == [2, 2]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["outputs"]
+    assert not list(tmp_path.rglob(".hydra"))
+    assert redoubt(tmp_path, "runs", "ls").good().out.count(" done ") == 2
 
 
+@pytest.mark.slow
 def test_a_multirun_goes_on_after_a_cell_that_fails(tmp_path: Path) -> None:
     done = redoubt(tmp_path, "train", "-m", *SMALL, "optimizer.lr=-1,0.1")
     assert done.code == 2
@@ -394,6 +411,7 @@ def test_parts_of_a_users_own(tmp_path: Path) -> None:
     assert [r.status["state"] for r in Store(tmp_path / "outputs").list()] == ["done", "failed"]
 
 
+@pytest.mark.slow
 def test_tensorboard_beside_metrics(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     redoubt(tmp_path, "train", *SMALL, "logger=tensorboard").good()

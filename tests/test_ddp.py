@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.test_cli import SMALL, Command, only_run, own_package, python_path, redoubt, start
 
 from redoubt.runs.store import Run
 from redoubt.training.recorder import read_rows
-from tests.test_cli import SMALL, Command, only_run, own_package, python_path, redoubt, start
 
 TWO = [
     *SMALL, "data.limit_train=29", "data.batch_size=8", "data.limit_test=25", "inner.steps=2", "trainer=ddp_cpu",
@@ -36,9 +36,7 @@ def launched(folder: Path, *argv: str, **env: str) -> list[Command]:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0", **env}
-    return [
-        start(folder, *argv, name=f"rank{r}", **common, LOCAL_RANK=str(r), RANK=str(r)) for r in range(2)
-    ]
+    return [start(folder, *argv, name=f"rank{r}", **common, LOCAL_RANK=str(r), RANK=str(r)) for r in range(2)]
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -53,11 +51,13 @@ def verdicts(run: Run) -> bytes:
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Without BatchNorm: weights to 1e-6, the same verdicts, the same row of metrics."""
     own, env = of_own(tmp_path)
-    two = redoubt(tmp_path / "two", "train", *own, "defense=told", *TWO, *ATTACK, **env).good()
-    one = redoubt(tmp_path / "one", "train", *own, "defense=told", *TWO, *ATTACK, "trainer=cpu", **env).good()
-    told = [(tmp_path / "two" / f"rank{r}.txt").read_text() for r in range(2)]
+    folder = tmp_path / "two"
+    begun = start(folder, "train", *own, "defense=told", *TWO, *ATTACK, **env)  # its second process imports torch
+    one = redoubt(tmp_path, "train", *own, "defense=told", *TWO, *ATTACK, "trainer=cpu", **env).good()
+    two = begun.end().good()
+    told = [(folder / f"rank{r}.txt").read_text() for r in range(2)]
     assert told[0] == told[1]
-    a, b = only_run(tmp_path / "two"), only_run(tmp_path / "one")
+    a, b = only_run(folder), only_run(tmp_path)
     assert a.name == b.name
     for key, tensor in weights(b).items():
         torch.testing.assert_close(weights(a)[key], tensor, atol=1e-6, rtol=0, msg=key)
@@ -70,23 +70,29 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     # one checkpoint, attacked by two processes in training's wake and now by one
     stored = verdicts(a)
     shutil.rmtree(a.eval)
-    redoubt(tmp_path / "two", "eval", *own, f"run={a.name}", *ATTACK, "trainer=cpu", **env).good()
+    redoubt(folder, "eval", *own, f"run={a.name}", *ATTACK, "trainer=cpu", **env).good()
     assert verdicts(a) == stored
     assert len(np.load(next(a.eval.glob("*/verdicts.npz")))["pgd20"]) == 25
 
 
 def test_a_child_that_dies_ends_the_parent(tmp_path: Path) -> None:
     own, env = of_own(tmp_path)
-    done = redoubt(tmp_path, "train", *own, "base=dies", *TWO, seconds=100, **env)
-    ended = time.time()
-    assert done.code not in (0, None)
-    assert ended - float((tmp_path / "died.txt").read_text()) < 15
+    done = redoubt(tmp_path, "train", *own, "base=dies", *TWO, seconds=60, **env)
+    assert done.code not in (0, None, -9)
+    assert done.errfile.stat().st_mtime - float((tmp_path / "died.txt").read_text()) < 15
     assert "rank 1 dies" in done.err  # the cause, not only that the connection to rank 1 broke
     assert any(line.startswith("redoubt: rank 1 ended") for line in done.err.splitlines())
     assert only_run(tmp_path).status["state"] in ("failed", "interrupted")
 
 
-@pytest.mark.parametrize("extra", [[], ["base=trades", "trainer.accumulate=2", "ema=wa", "optimizer.clip=1"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["base=trades", "trainer.accumulate=2", "ema=wa", "optimizer.clip=1"],
+    ],
+    ids=["plain", "all"],
+)
 def test_ranks_of_a_launcher_hold_the_same_weights(tmp_path: Path, extra: list[str]) -> None:
     """Started as torchrun does; a net with BatchNorm and FSR's random masks."""
     own, env = of_own(tmp_path)
@@ -111,7 +117,7 @@ def test_a_loss_that_is_nan_on_one_rank_ends_both(tmp_path: Path) -> None:
     assert "not finite" in status["reason"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_one_rank_ends_both_and_the_run_goes_on(tmp_path: Path, rank: int) -> None:
     own, env = of_own(tmp_path)
     argv = ["train", *own, "defense=told", *TWO, "trainer.max_epochs=400"]

@@ -43,6 +43,7 @@ class Recorder(Checkpoint):
         self.stopping = False
         self._handlers: dict[int, Any] = {}
         self._epoch_began, self._images = time.monotonic(), 0
+        self._trained: float | None = None  # when this epoch's steps ended
         self.seconds = 0.0  # of training, over all sessions of the run
         self._since = time.monotonic()
 
@@ -73,7 +74,7 @@ class Recorder(Checkpoint):
     # ---- steps and epochs ---------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch_began, self._images = time.monotonic(), 0
+        self._epoch_began, self._images, self._trained = time.monotonic(), 0, None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._images += batch.total
@@ -89,15 +90,16 @@ class Recorder(Checkpoint):
         self._stop_if_agreed()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._train_seconds = time.monotonic() - self._epoch_began
+        self._trained = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        elapsed = getattr(self, "_train_seconds", time.monotonic() - self._epoch_began)
-        pl_module.log("images_per_second", self._images / max(elapsed, 1e-9))
+        elapsed = (self._trained or time.monotonic()) - self._epoch_began  # without the validation
+        rate = self._images / max(elapsed, 1e-9)
+        pl_module.log("images_per_second", rate)
         if self.run is None:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        metrics["images_per_second"] = self._images / max(elapsed, 1e-9)
+        metrics["images_per_second"] = rate
         self._write_row(trainer, pl_module, metrics)
         score = [metrics[name] for name in self.best if name in metrics]
         if score and (self.best_score is None or score > self.best_score):
