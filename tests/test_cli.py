@@ -28,7 +28,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200
 
 #: Forks itself for each command: importing torch and lightning takes seconds, a fork none.
 SERVER = """
-import json, os, sys, time
+import atexit, json, os, sys, time, traceback
 import torch, torchvision, lightning.pytorch
 torch.set_num_threads(1)
 import redoubt.jobs, redoubt.cli, redoubt.reporting.plan, redoubt.runs.commands, hydra.main
@@ -57,7 +57,16 @@ for line in sys.stdin:
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", 1)
     sys.argv = ["redoubt", *job["argv"]]
-    redoubt.cli.main()
+    code = 1
+    try:
+        redoubt.cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # tearing down a fork of an interpreter that has imported torch takes more than a second
 """
 
 

@@ -206,7 +206,8 @@ def test_a_step_of_every_net_on_every_base(model: str, defense: str, base: str) 
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [("torchvision", "shufflenet_v2_x0_5"), ("timm", "resnet10t")], ids=lambda v: v
+    ("model", "name"),
+    [("torchvision", "shufflenet_v2_x0_5"), pytest.param("timm", "resnet10t", marks=pytest.mark.slow)],
 )
 def test_any_library_net_takes_any_defense(model: str, name: str) -> None:
     if model == "timm":

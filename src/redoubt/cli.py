@@ -64,7 +64,12 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
 def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     """Composes by Hydra's own command line, with its errors shown by us."""
     import hydra
+    from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
+
+    flags = [a for a in get_args_parser().parse_known_args(arguments)[1] if a.startswith("-")]
+    if flags:
+        raise UserError(f"{flags[0]} is no option: values are given as key=value, and --help lists the keys")
 
     for i, argument in enumerate(arguments):
         if argument in ("--config-dir", "-cd") and i + 1 < len(arguments):

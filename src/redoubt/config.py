@@ -151,27 +151,67 @@ def check(tree: Mapping[str, Any]) -> None:
                 "with pixels in [0, 1]: eps is in pixel units, as 8/255"
             )
     for key, least in _NUMBERS.items():
-        value: Any = tree
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+        value = _at(tree, key)
         if value is not None and as_number(value, key) < least:
             raise UserError(f"{key}={value} must be at least {least:g}")
+    for key in _WHOLE:
+        value = _at(tree, key)
+        if value is not None and (isinstance(value, bool) or as_number(value, key) != int(as_number(value, key))):
+            raise UserError(f"{key}={value} must be a whole number")
+    for key, choices in _CHOICES.items():
+        value = _at(tree, key)
+        if value not in choices:
+            raise UserError(f"{key}={value!r} is not known: take {' or '.join(choices)}")
+    if tree["model"].get("num_classes") not in (None, tree["data"]["num_classes"]):
+        raise UserError(
+            f"model.num_classes={tree['model']['num_classes']}, but data.num_classes={tree['data']['num_classes']}: "
+            "leave model.num_classes out, it follows the data"
+        )
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
 
 
 #: Numbers and the least value of each.
 _NUMBERS = {
+    "seed": float("-inf"),
+    "label_smoothing": 0.0,
     "optimizer.lr": 0.0,
     "optimizer.momentum": 0.0,
     "optimizer.weight_decay": 0.0,
     "optimizer.clip": 0.0,
     "trainer.max_epochs": 1,
+    "trainer.num_nodes": 1,
     "trainer.accumulate": 1,
+    "trainer.checkpoint_every": 1,
     "data.batch_size": 2,
     "evaluation.chunk": 1,
+    "evaluation.seed": float("-inf"),
     "inner.steps": 0,
     "inner.step": 0.0,
     "validation.every": 1,
     "validation.steps": 0,
+    "validation.step": 0.0,
+}
+_WHOLE = (
+    "seed",
+    "trainer.max_epochs",
+    "trainer.num_nodes",
+    "trainer.accumulate",
+    "trainer.checkpoint_every",
+    "data.batch_size",
+    "evaluation.chunk",
+    "evaluation.seed",
+    "inner.steps",
+    "validation.every",
+    "validation.steps",
+)
+_CHOICES: dict[str, list[str]] = {
+    "runs.keep": ["weights", "all"],
+    "evaluation.checkpoint": ["last", "best"],
 }
 
 
@@ -234,9 +274,8 @@ def _siblings(key: str) -> str:
         cfg = compose([])
         parent, _, leaf = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
-        names = [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []
-        if not parent:
-            names = [n for n in names if n != "axes"]
-        return did_you_mean(leaf, names)
+        if not isinstance(node, DictConfig):
+            node, leaf = cfg, key.split(".")[0]
+        return did_you_mean(leaf, [str(k) for k in node if k not in ("_target_", "axes")])
     except Exception:  # a hint must never hide the error that it explains
         return ""

@@ -13,6 +13,7 @@ from redoubt.defenses.module import RobustModule
 from redoubt.errors import UserError
 from redoubt.nets import attack_mode
 from redoubt.objectives.base import wrong_label
+from redoubt.units import as_number
 
 TINY = 1e-8  # the authors' constant inside every logarithm
 
@@ -128,9 +129,9 @@ class FSR(RobustModule):
         **rest: Any,
     ) -> None:
         for name, value in (("lambda_sep", lambda_sep), ("lambda_rec", lambda_rec)):
-            if value < 0:
+            if as_number(value, f"defense.{name}") < 0:
                 raise UserError(f"defense.{name}={value} must not be negative")
-        if tau <= 0:
+        if as_number(tau, "defense.tau") <= 0:
             raise UserError(f"defense.tau={tau} must be positive")
         names = [str(net.feature_layer)] if at is None else [at] if isinstance(at, str) else list(at)
         shapes = map_shapes(net, names, image_size)

@@ -57,7 +57,7 @@ def evaluate(
             "attack": attack,
             "chunk": settings["chunk"],
             "seed": settings["seed"],
-            "weights": weights_id,
+            "weights": [facts["checkpoint"], facts["weights"], weights_id],
             "test": data.fingerprint("test"),
             "limit": data.limit_test,
         }

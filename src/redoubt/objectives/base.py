@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redoubt.errors import UserError
+from redoubt.units import as_number
 
 
 class Objective:
@@ -22,9 +23,9 @@ class Objective:
     inner_needs_clean: bool = False
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
-        if not 0.0 <= label_smoothing < 1.0:
+        self.label_smoothing = as_number(label_smoothing, "label_smoothing")
+        if not 0.0 <= self.label_smoothing < 1.0:
             raise UserError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
-        self.label_smoothing = float(label_smoothing)
 
     def inner(self, adv: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
         """Loss per example [B] that the attack raises: cross-entropy unless an objective says otherwise.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from redoubt.errors import UserError
 from redoubt.objectives.base import Objective, wrong_label
+from redoubt.units import as_number
 
 
 class MART(Objective):
@@ -24,9 +25,9 @@ class MART(Objective):
 
     def __init__(self, *, beta: float = 5.0, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing=label_smoothing)
-        if beta < 0:
+        self.beta = as_number(beta, "base.beta")
+        if self.beta < 0:
             raise UserError(f"base.beta={beta} must not be negative")
-        self.beta = float(beta)
 
     def outer(self, adv: Tensor, y: Tensor, clean: Tensor | None = None) -> dict[str, Tensor]:
         assert clean is not None

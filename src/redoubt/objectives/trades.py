@@ -6,6 +6,7 @@ from torch import Tensor
 
 from redoubt.errors import UserError
 from redoubt.objectives.base import Objective, kl_per_example
+from redoubt.units import as_number
 
 
 class TRADES(Objective):
@@ -23,9 +24,9 @@ class TRADES(Objective):
 
     def __init__(self, *, beta: float = 6.0, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing=label_smoothing)
-        if beta < 0:
+        self.beta = as_number(beta, "base.beta")
+        if self.beta < 0:
             raise UserError(f"base.beta={beta} must not be negative")
-        self.beta = float(beta)
 
     def inner(self, adv: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
         assert clean is not None

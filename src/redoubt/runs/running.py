@@ -97,6 +97,10 @@ def _fit(cfg: DictConfig, data: ImageData, run: Run | None) -> RobustModule:
         )
         try:
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        except SystemExit as ended:
+            if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
+                raise KeyboardInterrupt from ended
+            raise
         finally:
             for logger in loggers:
                 logger.finalize("success")
@@ -166,24 +170,19 @@ def find_or_make(cfg: DictConfig, data: ImageData, *, defense: str, base: str) -
 
 def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
     """The resolved config that `find_or_make` trains."""
+    own = [f"{key}={value}" for key, value in leaves(plain(cfg.natural)) if value is not None]
     choices = [f"{axis}={cfg.axes[axis]}" for axis in ("model", "data", "attack")]
-    twin = config.compose([*choices, f"defense={defense}", f"base={base}"])
-    recipes = twin.axes.recipes
-    for key in ("model", "data", "threat", "attack", "evaluation", "validation", "paths", "logger", "runs"):
-        OmegaConf.update(twin, key, cfg[key], merge=False, force_add=True)
+    try:
+        twin = config.compose([*choices, f"defense={defense}", f"base={base}", *own])
+    except UserError as error:
+        raise UserError(f"natural.{error}" if own else str(error)) from error
+    for key in ("model", "data", "threat", "attack", "validation", "paths", "logger", "runs"):
+        OmegaConf.update(twin, key, cfg[key], merge=False)
     for key in ("seed", "compile", "channels_last"):
         twin[key] = cfg[key]
-    own = OmegaConf.select(twin, "trainer.max_epochs")
-    twin.trainer = {**cfg.trainer, "max_epochs": own, "accumulate": 1}
+    epochs = twin.trainer.max_epochs
+    twin.trainer = {**cfg.trainer, "max_epochs": epochs, "accumulate": 1}
     twin.evaluation = {**cfg.evaluation, "weights": None, "checkpoint": "last", "beside": None}
-    for key, value in leaves(plain(cfg.natural)):
-        if value is None:
-            continue
-        try:
-            OmegaConf.update(twin, key, value)
-        except Exception as error:
-            raise UserError(f"natural.{key}: {config.explain(error)}") from error
-    twin.axes.recipes = recipes
     return config.resolve(twin)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -49,25 +50,31 @@ class Recorder(Checkpoint):
 
     # ---- signals ------------------------------------------------------------------------------------------------
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: Lightning has installed a handler of its own by now, which would stop inside a validation.
         self._since = time.monotonic()
-        if self.run is None:
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._handlers[number] = signal.signal(number, self._asked)
-            except ValueError:  # not in the main thread: whoever runs us there stops us otherwise
-                return
+        if self.run is not None and threading.current_thread() is threading.main_thread():
+            for number in self._handlers:
+                signal.signal(number, self._asked)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._give_signals_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_signals_back()
+
+    def _give_signals_back(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
         self._handlers = {}
 
     def _asked(self, number: int, frame: Any) -> None:
         if self.stop is not None:  # asked twice: now
-            raise KeyboardInterrupt
+            raise Stopped(128 + number)
         self.stop = number
         self.agreement.asked = True
 
