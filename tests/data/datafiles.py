@@ -23,9 +23,7 @@ class Python2Pickler(pickle._Pickler):
 
     def save_string(self, value: bytes | str) -> None:
         raw = value.encode() if isinstance(value, str) else value
-        self.write(
-            b"U" + bytes([len(raw)]) + raw if len(raw) < 256 else b"T" + struct.pack("<i", len(raw)) + raw
-        )
+        self.write(b"U" + bytes([len(raw)]) + raw if len(raw) < 256 else b"T" + struct.pack("<i", len(raw)) + raw)
         self.memoize(value)
 
     dispatch[bytes] = save_string
@@ -82,23 +80,17 @@ def svhn(root: Path, n: int = 20) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def png(image: np.ndarray, kind: str = "png") -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0)).save(
-        buffer, kind, **({"lossless": True} if kind == "webp" else {})
-    )
+    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, kind, **({"lossless": True} if kind == "webp" else {}))
     return buffer.getvalue()
 
 
-def tiny(
-    root: Path, *, zipped: bool, classes: int = 3, n: int = 2
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def tiny(root: Path, *, zipped: bool, classes: int = 3, n: int = 2) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Tiny ImageNet's layout. PNGs named JPEG, so that pixels compare; one is gray."""
     wnids = [f"n0{c}" for c in range(classes)]
     train, test = random_images(classes * n, 64, 0), random_images(classes * n, 64, 1)
     test[0] = test[0, :1]
     files = {"wnids.txt": "\n".join(reversed(wnids)).encode()}
-    files |= {
-        f"train/{w}/images/{w}_{i}.JPEG": png(train[c * n + i]) for c, w in enumerate(wnids) for i in range(n)
-    }
+    files |= {f"train/{w}/images/{w}_{i}.JPEG": png(train[c * n + i]) for c, w in enumerate(wnids) for i in range(n)}
     labels = np.arange(classes * n)[::-1] % classes
     lines = [f"val_{i}.JPEG\t{wnids[label]}\t0\t0\t62\t62\n" for i, label in enumerate(labels)]
     files |= {f"val/images/val_{i}.JPEG": png(image) for i, image in enumerate(test)}
@@ -125,6 +117,4 @@ def folder(root: Path, n: int = 3, size: int = 8, kinds: tuple[str, ...] = ("png
             (root / split / name).mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(random_images(n, size, label)):
                 kind = kinds[i % len(kinds)]
-                (root / split / name / f"{i}.{kind}").write_bytes(
-                    png(image, "jpeg" if kind == "jpg" else kind)
-                )
+                (root / split / name / f"{i}.{kind}").write_bytes(png(image, "jpeg" if kind == "jpg" else kind))

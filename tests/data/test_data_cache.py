@@ -142,9 +142,7 @@ def test_processes_at_once(tmp_path):
     datafiles.folder(tmp_path, n=300)
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(3), context.Queue()
-    workers = [
-        context.Process(target=_decode, args=(tmp_path, barrier, results), daemon=True) for _ in range(3)
-    ]
+    workers = [context.Process(target=_decode, args=(tmp_path, barrier, results), daemon=True) for _ in range(3)]
     for worker in workers:
         worker.start()
     got = [results.get(timeout=30) for _ in workers]

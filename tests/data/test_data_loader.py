@@ -16,9 +16,7 @@ LABELS = torch.arange(N)
 
 
 def loader(**options):
-    return TrainLoader(
-        **{"images": IMAGES, "labels": LABELS, "batch_size": 10, "augment": crop_flip} | options
-    )
+    return TrainLoader(**{"images": IMAGES, "labels": LABELS, "batch_size": 10, "augment": crop_flip} | options)
 
 
 def epochs(of, n):
@@ -92,9 +90,7 @@ def test_a_state_after_the_last_batch_is_the_next_epoch_even_if_nobody_asked_for
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_together_are_one(world_size):
     whole = epochs(loader(index=torch.arange(48)), 2)
-    ranks = [
-        epochs(loader(index=torch.arange(48), rank=r, world_size=world_size), 2) for r in range(world_size)
-    ]
+    ranks = [epochs(loader(index=torch.arange(48), rank=r, world_size=world_size), 2) for r in range(world_size)]
     for e, epoch in enumerate(whole):
         for i, batch in enumerate(epoch):
             shares = [rank[e][i] for rank in ranks]
@@ -111,9 +107,7 @@ def test_ranks_together_are_one(world_size):
 def test_a_last_batch_too_small_for_batch_norm_is_dropped(rows, batch_size, world_size, batches):
     images, labels = torch.zeros(rows, 3, 1, 1, dtype=torch.uint8), torch.zeros(rows, dtype=torch.int64)
     for rank in range(world_size):
-        of = TrainLoader(
-            images=images, labels=labels, batch_size=batch_size, rank=rank, world_size=world_size
-        )
+        of = TrainLoader(images=images, labels=labels, batch_size=batch_size, rank=rank, world_size=world_size)
         sizes = [len(b.y) for b in of]
         assert len(of) == len(sizes) == batches
         assert min(sizes) >= 2

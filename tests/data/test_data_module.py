@@ -24,9 +24,7 @@ def make(**options: Any) -> CIFAR10:
 
 
 def from_yaml(name: str, **options: Any) -> ImageData:
-    cfg = OmegaConf.merge(
-        {"paths": {"data": "nowhere"}, "seed": 3}, {"data": OmegaConf.load(CONF / f"{name}.yaml")}
-    )
+    cfg = OmegaConf.merge({"paths": {"data": "nowhere"}, "seed": 3}, {"data": OmegaConf.load(CONF / f"{name}.yaml")})
     return instantiate(OmegaConf.merge(cfg, {"data": options}).data)
 
 

@@ -7,9 +7,7 @@ from redoubt.data.subsets import balanced_order, probe_rows, stratified_split, t
 from redoubt.errors import UserError
 from redoubt.rng import generator
 
-LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 20 + [4] * 4)[
-    torch.randperm(104, generator=generator(0, "t"))
-]
+LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 20 + [4] * 4)[torch.randperm(104, generator=generator(0, "t"))]
 
 
 def test_every_beginning_of_the_order_is_balanced():

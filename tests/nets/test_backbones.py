@@ -155,9 +155,7 @@ def test_configs_name_every_argument():
     data = {"num_classes": 10, "image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3}
     for file in files:
         assert file.read_text().startswith("_target_: "), file
-        cfg = OmegaConf.to_container(
-            OmegaConf.create({"data": data, "model": OmegaConf.load(file)}), resolve=True
-        )
+        cfg = OmegaConf.to_container(OmegaConf.create({"data": data, "model": OmegaConf.load(file)}), resolve=True)
         arguments = dict(cfg["model"])
         parameters = inspect.signature(get_class(arguments.pop("_target_"))).parameters
         assert set(arguments) == set(parameters), file

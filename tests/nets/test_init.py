@@ -39,9 +39,7 @@ def test_default_initialisation(cls):
 
 def added() -> nn.Module:
     """What a defense might add."""
-    return nn.Sequential(
-        nn.Conv2d(64, 128, 3), nn.BatchNorm2d(128), nn.Conv2d(128, 64, 1), nn.Linear(200, 100)
-    )
+    return nn.Sequential(nn.Conv2d(64, 128, 3), nn.BatchNorm2d(128), nn.Conv2d(128, 64, 1), nn.Linear(200, 100))
 
 
 def test_vgg_initialisation():

@@ -70,9 +70,7 @@ def test_timm(name, layer, tmp_path):
     torch.manual_seed(0)
     more = {"img_size": size} if name.startswith("vit") else {}
     reference = timm.create_model(name, num_classes=7, **more)
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in reference.state_dict().items()}}, tmp_path / "x.pt"
-    )
+    torch.save({"state_dict": {f"module.{k}": v for k, v in reference.state_dict().items()}}, tmp_path / "x.pt")
     net = Timm(name=name, num_classes=7, image_size=size)
     load_backbone(net, tmp_path / "x.pt")
     check(net, reference, size)

@@ -20,9 +20,7 @@ def build(cls: type[Backbone], **arguments) -> Backbone:
 
 
 def bn(w: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    return F.batch_norm(
-        x, w[f"{name}.running_mean"], w[f"{name}.running_var"], w[f"{name}.weight"], w[f"{name}.bias"]
-    )
+    return F.batch_norm(x, w[f"{name}.running_mean"], w[f"{name}.running_var"], w[f"{name}.weight"], w[f"{name}.bias"])
 
 
 def moved(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -42,14 +40,10 @@ def test_resnet18_is_the_papers_net():
     for stage in (1, 2, 3, 4):
         for block in (0, 1):
             name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
-            out = F.relu(
-                bn(w, f"{name}.bn1", F.conv2d(h, w[f"{name}.conv1.weight"], stride=stride, padding=1))
-            )
+            out = F.relu(bn(w, f"{name}.bn1", F.conv2d(h, w[f"{name}.conv1.weight"], stride=stride, padding=1)))
             out = bn(w, f"{name}.bn2", F.conv2d(out, w[f"{name}.conv2.weight"], padding=1))
             if f"{name}.downsample.0.weight" in w:
-                h = bn(
-                    w, f"{name}.downsample.1", F.conv2d(h, w[f"{name}.downsample.0.weight"], stride=stride)
-                )
+                h = bn(w, f"{name}.downsample.1", F.conv2d(h, w[f"{name}.downsample.0.weight"], stride=stride))
             h = F.relu(out + h)
     expected = F.linear(F.avg_pool2d(h, 4).flatten(1), w["fc.weight"], w["fc.bias"])
     torch.testing.assert_close(net(x), expected)

@@ -29,9 +29,7 @@ def make(store: Store, seed: int, state: str, **status: object) -> Run:
 def runs(tmp_path: Path) -> list[Run]:
     store = Store(tmp_path)
     done = make(store, 0, "done", epoch=80)
-    metrics = {
-        name: {"accuracy": value} for name, value in {"natural": 0.9, "pgd20": 0.5, "ensemble": 0.45}.items()
-    }
+    metrics = {name: {"accuracy": value} for name, value in {"natural": 0.9, "pgd20": 0.5, "ensemble": 0.45}.items()}
     results = {"threat": {"norm": "linf", "eps": 8 / 255}, "n": 100, "metrics": metrics}
     write_json(done.eval / "fsr_suite-aa" / "results.json", results)
     failed = make(store, 1, "failed", epoch=3, reason="loss is not finite [step 7]")
@@ -138,9 +136,7 @@ def test_prune_checkpoints(tmp_path: Path, runs: list[Run], capsys: pytest.Captu
     assert runs[0].best.exists()  # never the only one
 
 
-def test_prune_keeps_what_is_in_use(
-    tmp_path: Path, runs: list[Run], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prune_keeps_what_is_in_use(tmp_path: Path, runs: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
     with runs[0].lock(), runs[1].lock():
         call(tmp_path, "prune", "--failed", "--checkpoints", "--yes")
     assert capsys.readouterr().out.count("kept") == 3
@@ -148,9 +144,7 @@ def test_prune_keeps_what_is_in_use(
     assert runs[0].best.exists()
 
 
-@pytest.mark.parametrize(
-    "argv", [["lss"], [], ["prune"], ["rm"], ["show"], ["ls", "--jsn"], ["show", "nonesuch"]]
-)
+@pytest.mark.parametrize("argv", [["lss"], [], ["prune"], ["rm"], ["show"], ["ls", "--jsn"], ["show", "nonesuch"]])
 def test_a_mistake_is_one_line(tmp_path: Path, argv: list[str]) -> None:
     with pytest.raises(UserError):
         call(tmp_path, *argv)

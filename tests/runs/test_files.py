@@ -71,9 +71,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path, error: type[Bas
 
 @pytest.mark.parametrize("function", ["replace", "fsync"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_full_disk_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, code: int
-) -> None:
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, code: int) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
 

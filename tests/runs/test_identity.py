@@ -71,9 +71,7 @@ def test_means_something_else(a: Any, b: Any) -> None:
     assert identity({"x": a}, "") != identity({"x": b}, "")
 
 
-@pytest.mark.parametrize(
-    "text", ["linf", "1/0", "nan", "inf", "1e999", "1_000", "2024-01-01", "1/2/3", "", "9" * 5000]
-)
+@pytest.mark.parametrize("text", ["linf", "1/0", "nan", "inf", "1e999", "1_000", "2024-01-01", "1/2/3", "", "9" * 5000])
 def test_strings_that_are_no_numbers_stay(text: str) -> None:
     assert canonical({"x": text}) == {"x": text}
 
@@ -86,9 +84,7 @@ def test_null_and_empty_are_dropped_and_keys_sorted() -> None:
 
 
 def test_an_omegaconf_config_is_resolved() -> None:
-    cfg = OmegaConf.create(
-        {"threat": {"eps": "8/255"}, "inner": {"eps": "${threat.eps}", "at": ["${inner.eps}"]}}
-    )
+    cfg = OmegaConf.create({"threat": {"eps": "8/255"}, "inner": {"eps": "${threat.eps}", "at": ["${inner.eps}"]}})
     value = canonical(cfg)
     assert value["inner"] == {"eps": 8 / 255, "at": [8 / 255]}
     assert type(value["inner"]) is dict

@@ -248,9 +248,7 @@ def test_a_moved_store_still_works(store: Store, run: Run, tmp_path: Path) -> No
     with found.lock():
         found.update(state="done")
     assert found.status["state"] == "done"
-    assert all(
-        str(store.outputs).encode() not in p.read_bytes() for p in found.folder.rglob("*") if p.is_file()
-    )
+    assert all(str(store.outputs).encode() not in p.read_bytes() for p in found.folder.rglob("*") if p.is_file())
     link = Store(tmp_path / "link")
     link.outputs.symlink_to(moved.outputs)
     assert link.remove(link.find("fsr")) > 0

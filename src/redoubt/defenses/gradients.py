@@ -81,7 +81,8 @@ def add(total: list[Gradient] | None, new: list[Gradient]) -> list[Gradient]:
         return new
     for old, more in zip(total, new, strict=True):
         both = [(a, b) for a, b in zip(old, more, strict=True) if a is not None and b is not None]
-        torch._foreach_add_([a for a, _ in both], [b for _, b in both])
+        if both:
+            torch._foreach_add_([a for a, _ in both], [b for _, b in both])
         old[:] = [b if a is None else a for a, b in zip(old, more, strict=True)]
     return total
 

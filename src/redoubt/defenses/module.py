@@ -225,7 +225,8 @@ class RobustModule(LightningModule):
         world = grad.sum_over_ranks([self.watch.bad, *buffers, *(g for one in total for g in one if g is not None)])
         if world > 1:
             self.watch.bad.clamp_(max=1.0)
-            torch._foreach_div_(buffers, world)
+            for buffer in buffers:
+                buffer.div_(world)
         return total
 
     def step(self, optimizer: Optimizer, params: Sequence[nn.Parameter], gradient: Gradient) -> None:

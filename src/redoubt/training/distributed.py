@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 
 from redoubt.errors import UserError
+
+#: Exit codes of a process that was asked to stop and saved its place.
+ASKED_TO_STOP = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
 class PlainDDP(DDPStrategy):
@@ -111,9 +115,10 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
         os.environ.update(mine)
         try:
             yield
-            for rank, child in enumerate(children, 1):
-                if child.wait(timeout=60):
-                    raise UserError(f"rank {rank} ended with exit code {child.returncode}: see its message above")
+            _failed(children, wait=60.0)
+        except Exception:
+            _failed(children, wait=2.0)  # the cause, rather than the broken connection that we saw of it
+            raise
         finally:
             for child in children:
                 if child.poll() is None:
@@ -122,19 +127,28 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
+def _failed(children: list[subprocess.Popen[bytes]], wait: float) -> None:
+    """Raises for the first child that failed, of those that end within ``wait`` seconds."""
+    until = time.monotonic() + wait
+    while any(child.poll() is None for child in children) and time.monotonic() < until:
+        time.sleep(0.05)
+    for rank, child in enumerate(children, 1):
+        if child.poll() not in (None, 0, *ASKED_TO_STOP):
+            raise UserError(f"rank {rank} ended with exit code {child.returncode}: see its message above")
+
+
 def _end_with(children: list[subprocess.Popen[bytes]]) -> None:
-    """Ends this process when a child has failed: else it would wait for it in a collective for minutes."""
+    """Ends this process some seconds after a child failed: else it would wait for it in a collective for minutes."""
     while any(child.poll() is None for child in children):
         time.sleep(0.2)
-        for rank, child in enumerate(children, 1):
-            if child.poll():
-                print(
-                    f"redoubt: rank {rank} ended with exit code {child.returncode}: see above",
-                    file=sys.stderr,
-                )
-                for other in children:
-                    other.kill()
-                os._exit(2)
+        try:
+            _failed(children, wait=0.0)
+        except UserError as error:
+            time.sleep(5.0)  # where the connection broke, this process is reporting by itself
+            print(f"redoubt: {error}", file=sys.stderr, flush=True)
+            for other in children:
+                other.kill()
+            os._exit(2)
 
 
 def started_by_launcher() -> bool:
