@@ -26,10 +26,10 @@ demo: setup  ## FSR on handwritten digits beside a plainly trained net: train, a
 	$(PY) src/train.py experiment=demo
 
 test: setup  ## the tests, without the slow cells
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2
 
 test-all: setup  ## every test
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 lint: setup  ## ruff and mypy
 	.venv/bin/ruff check src tests benchmarks

@@ -33,7 +33,8 @@ def cell(outputs: Path) -> Callable[..., DictConfig]:
         small = [
             "model=resnet_small", "data=digits", "data.source=fake", "data.image_size=16", "data.limit_train=30",
             "data.limit_test=10", "data.batch_size=8", "data.probe=10", "trainer=cpu", "trainer.max_epochs=2",
-            "trainer.progress=false", "inner.steps=1", "validation.steps=1", "validation.step=1", "attack=none", f"paths.outputs={outputs}",
+            "trainer.progress=false", "inner.steps=1", "validation.steps=1", "validation.step=1", "attack=none",
+            f"paths.outputs={outputs}",
         ]  # fmt: skip
         return config.resolve(config.compose([*small, *overrides]))
 
