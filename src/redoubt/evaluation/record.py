@@ -49,53 +49,70 @@ def evaluate(
     Returns:
         The contents of results.json.
     """
-    attack, settings = dict(tree["attack"]), tree["evaluation"]
+    attack = dict(tree["attack"])
     if not isinstance(attack.get("attacks"), Mapping):
         raise UserError("attack.attacks must map names to attacks")
+    name = evaluation_name(tree, data, [facts["checkpoint"], facts["weights"], weights_id])
+    if folder is not None and (folder / name / "verdicts.npz").is_file():
+        stored = read_json(folder / name / "results.json")
+        if stored is not None:
+            return stored
+    attacks = {key: make(section, f"attack.attacks.{key}") for key, section in attack["attacks"].items()}
+    images, labels = (t[:limit] for t in data.arrays("test"))
+    began = time.monotonic()
+    verdicts = judge(
+        module,
+        images,
+        labels,
+        attacks,
+        chunk=int(tree["evaluation"]["chunk"]),
+        seed=int(tree["evaluation"]["seed"]),
+        device=device,
+        progress=bool(tree["trainer"]["progress"]),
+    )
+    if attack.get("ensemble"):
+        verdicts["ensemble"] = ensemble(verdicts)
+    results = _results(name, attack, facts, verdicts, time.monotonic() - began)
+    if folder is not None and ranks()[0] == 0:
+        _write(folder / name, results, verdicts, data, labels.numpy(), tree)
+    return results
+
+
+def evaluation_name(tree: Mapping[str, Any], data: ImageData, weights: list[str]) -> str:
+    """``<attack>-<hash>``: the hash is of everything that decides the verdicts."""
     decisive = canonical(
         {
-            "attack": attack,
-            "chunk": settings["chunk"],
-            "seed": settings["seed"],
-            "weights": [facts["checkpoint"], facts["weights"], weights_id],
+            "attack": tree["attack"],
+            "chunk": tree["evaluation"]["chunk"],
+            "seed": tree["evaluation"]["seed"],
+            "weights": weights,
             "test": data.fingerprint("test"),
             "limit": data.limit_test,
         }
     )
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:10]
-    name = f"{tree['axes']['attack']}-{digest}"
-    stored = read_json(folder / name / "results.json") if folder is not None else None
-    if stored is not None and (folder / name / "verdicts.npz").is_file():  # type: ignore[operator]
-        return stored
-    attacks = {key: make(section, f"attack.attacks.{key}") for key, section in attack["attacks"].items()}
-    images, labels = (t[:limit] for t in data.arrays("test"))
-    began = time.monotonic()
-    verdicts = judge(
-        module, images, labels, attacks, chunk=int(settings["chunk"]), seed=int(settings["seed"]), device=device,
-        progress=bool(tree["trainer"]["progress"]),
-    )  # fmt: skip
-    seconds = time.monotonic() - began
-    if attack.get("ensemble"):
-        verdicts["ensemble"] = ensemble(verdicts)
+    return f"{tree['axes']['attack']}-{digest}"
+
+
+def _results(
+    name: str, attack: Mapping[str, Any], facts: Mapping[str, Any], verdicts: Mapping[str, np.ndarray], seconds: float
+) -> dict[str, Any]:
     metrics = accuracies(verdicts)
     natural = float(metrics["natural"]["accuracy"])
-    results = {
+    return {
         "run": facts["run"],
         "evaluation": name,
         "axes": facts["axes"],
         "threat": {"norm": attack["norm"], "eps": attack["eps"]},
         "checkpoint": facts["checkpoint"],
         "weights": facts["weights"],
-        "n": len(labels),
+        "n": len(verdicts["natural"]),
         "metrics": metrics,
         "nrr": {k: nrr(natural, float(metrics[k]["accuracy"])) for k in ("cw", "autoattack") if k in metrics},
         "train_seconds": facts["train_seconds"],
         "eval_seconds": seconds,
         "audited": False,
     }
-    if folder is not None and ranks()[0] == 0:
-        _write(folder / name, results, verdicts, data, labels.numpy(), dict(tree))
-    return results
 
 
 def _write(
