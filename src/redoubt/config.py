@@ -81,11 +81,9 @@ def with_axes(cfg: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
     """Notes under ``axes`` which option of each axis was chosen, and the recipe files that were found."""
     OmegaConf.set_struct(cfg, False)
     cfg.axes = {name: str(choices[name]) for name in AXES if choices.get(name)}
-    cfg.axes.recipes = [
-        f"{group}/{choice}"
-        for group, choice in choices.items()
-        if (group.startswith("recipe/") or group in ("schedule", "experiment")) and _exists(group, choice)
-    ]
+    # in the order in which they win over each other
+    order = ("recipe/data", "recipe/base", "recipe/defense", "recipe/cell", "schedule", "experiment")
+    cfg.axes.recipes = [f"{group}/{choices[group]}" for group in order if _exists(group, choices.get(group))]
     OmegaConf.set_struct(cfg, True)
     return cfg
 
@@ -158,6 +156,8 @@ def check(tree: Mapping[str, Any]) -> None:
         value = _at(tree, key)
         if value is not None and (isinstance(value, bool) or as_number(value, key) != int(as_number(value, key))):
             raise UserError(f"{key}={value} must be a whole number")
+    if _at(tree, "optimizer.lr") is None:
+        raise UserError("optimizer.lr is missing: give it a number")
     for key, choices in _CHOICES.items():
         value = _at(tree, key)
         if value not in choices:
@@ -276,6 +276,7 @@ def _siblings(key: str) -> str:
         node = OmegaConf.select(cfg, parent) if parent else cfg
         if not isinstance(node, DictConfig):
             node, leaf = cfg, key.split(".")[0]
-        return did_you_mean(leaf, [str(k) for k in node if k not in ("_target_", "axes")])
+        names = [str(k) for k in node if k not in ("_target_", "axes")]
+        return "" if leaf in names else did_you_mean(leaf, names)  # a key of the default option, not of the chosen one
     except Exception:  # a hint must never hide the error that it explains
         return ""

@@ -63,7 +63,7 @@ def test_split_covers_every_row_once(count, parts, first):
     pieces = list(Share(first, count, 100).split(parts))
     rows = [i for part, _ in pieces for i in range(count)[part]]
     assert rows == list(range(count))
-    assert len(pieces) == min(parts, count)
+    assert len(pieces) == max(1, min(parts, count // 2))  # BatchNorm cannot normalise a single row
     for part, piece in pieces:
         assert piece == Share(first + part.start, part.stop - part.start, 100)
     sizes = [piece.count for _, piece in pieces]

@@ -23,7 +23,11 @@ class Share:
     total: int
 
     def split(self, parts: int) -> Iterator[tuple[slice, Share]]:
-        """Cuts the rows into ``parts`` nearly equal runs; yields (local slice, share)."""
+        """Cuts the rows into ``parts`` nearly equal runs; yields (local slice, share).
+
+        Fewer where some would hold a single row, which BatchNorm cannot normalise.
+        """
+        parts = max(1, min(parts, self.count // 2))
         edges = [self.count * i // parts for i in range(parts + 1)]
         for a, b in itertools.pairwise(edges):
             if b > a:

@@ -242,7 +242,9 @@ class RobustModule(LightningModule):
             torch._foreach_mul_(present, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         self.tally.add("grad_norm", norm, 1)
         for p, g in zip(params, gradient, strict=True):
-            p.grad = None if g is None else g.to(p.dtype)
+            # torch's fused optimizers go through memory in its order, and a compiled net's gradients come in another.
+            alike = g is None or (g.stride() == p.stride() and g.dtype == p.dtype)
+            p.grad = g if alike else torch.empty_like(p).copy_(cast(Tensor, g))
         # Read by torch's fused optimizers: 1 leaves weights and momentum as they are.
         cast(Any, optimizer).found_inf = torch.maximum(self.watch.bad, overflow)
         optimizer.step()

@@ -24,7 +24,7 @@ from redoubt.evaluation.record import evaluate
 from redoubt.runs import files
 from redoubt.runs.identity import identity, plain, redacted
 from redoubt.runs.loading import load, read_checkpoint
-from redoubt.runs.store import Run, Store
+from redoubt.runs.store import Run, Store, readable_name
 from redoubt.training.distributed import ranks
 from redoubt.training.progress import ProgressBar
 from redoubt.training.recorder import Recorder, Stopped, strip
@@ -51,10 +51,12 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
     digest = identify(cfg, data)
     store = Store(cfg.paths.outputs)
     rank, _ = ranks()
-    name = None
+    run = Run(store.folder / f"{readable_name(cfg.axes, cfg.seed)}-{digest}")
+    if not broadcast(run.exists() and run.status["state"] == "done"):
+        build_module(cfg)  # what its constructors refuse leaves no run behind
     if rank == 0:
-        name = store.open(cfg.axes, cfg.seed, digest, plain(cfg), devices=[device_name(cfg)]).name
-    run = Run(store.folder / str(broadcast(name)))
+        store.open(cfg.axes, cfg.seed, digest, plain(cfg), devices=[device_name(cfg)])
+    barrier()
     with run.lock() if rank == 0 else nullcontext():
         if broadcast(run.status["state"] == "done" if rank == 0 else None):
             note(f"run {run.name} is finished: answered from {run.folder}")
