@@ -15,7 +15,7 @@ help:  ## this list
 	python3 -m pip install --quiet --disable-pip-version-check --target .tools uv
 
 .venv/.ready: requirements.lock pyproject.toml | $(filter .tools/bin/uv,$(UV))
-	$(UV) venv --quiet --allow-existing --python "$$(command -v python3.12 || command -v python3.11 || command -v python3)" .venv
+	$(UV) venv --quiet --allow-existing --python ">=3.11,<3.13" .venv
 	$(UV) pip sync --quiet --python $(PY) --require-hashes requirements.lock
 	$(UV) pip install --quiet --python $(PY) --no-deps --editable .
 	@touch $@

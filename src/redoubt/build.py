@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class, get_method
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from redoubt import config
@@ -51,19 +52,24 @@ def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
 
 
 def locate(target: str, key: str) -> Any:
-    """The allowed callable of a dotted name."""
-    if not target.startswith((*ALLOWED, *_allowed_by_user())):
-        raise UserError(
-            f"{key}: {target!r} is not allowed: add its package to a file redoubt.allow in your --config-dir"
-        )
+    """The allowed class or function of a dotted name.
+
+    Its own home must be allowed too: modules hold names of others, ``os`` among them.
+    """
+    allowed = (*ALLOWED, *_allowed_by_user())
+    refusal = UserError(
+        f"{key}: {target!r} is not allowed: add its package to a file redoubt.allow in your --config-dir"
+    )
+    if not target.startswith(allowed):
+        raise refusal
     try:
-        return get_class(target)
-    except Exception:  # Hydra raises many kinds; a function is tried next, whose error tells more
-        try:
-            return get_method(target)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{key}: {target!r} cannot be imported: {reason}") from error
+        found = get_object(target)
+    except Exception as error:  # whatever the import of a user's module raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{key}: {target!r} cannot be imported: {reason}") from error
+    if not (inspect.isclass(found) or inspect.isfunction(found)) or not f"{found.__module__}.".startswith(allowed):
+        raise refusal
+    return found
 
 
 def _allowed_by_user() -> tuple[str, ...]:

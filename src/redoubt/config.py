@@ -34,8 +34,8 @@ def config_dir() -> str:
 
 
 def register_resolvers() -> None:
-    """``${ratio:a,b}`` is a / b; ``${rounded:x,a,b}`` is b where x equals a, else x."""
-    for name, function in (("ratio", _ratio), ("rounded", _rounded)):
+    """``${ratio:a,b}`` is a / b; ``${rounded:x,a,b}`` is b where x equals a, else x; ``${by_norm:norm,linf,l2}``."""
+    for name, function in (("ratio", _ratio), ("rounded", _rounded), ("by_norm", _by_norm)):
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 
@@ -49,6 +49,10 @@ def _rounded(x: float | str, a: float | str, b: float | str) -> float | str:
     except UserError:
         return x  # no number: the check that follows names the key
     return as_number(b, "eps") if same else x
+
+
+def _by_norm(norm: str, linf: float | str, l2: float | str) -> float | str:
+    return l2 if norm == "l2" else linf
 
 
 def compose(overrides: Sequence[str], config_name: str = "train") -> DictConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from redoubt import config
-from redoubt.build import build_data, build_module
+from redoubt.build import build_data, build_module, make
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
@@ -22,7 +23,7 @@ from redoubt.evaluation.record import evaluate
 from redoubt.nets import Backbone, load_backbone
 from redoubt.reporting.table import results_table
 from redoubt.runs import running
-from redoubt.runs.identity import plain
+from redoubt.runs.identity import canonical, plain
 from redoubt.runs.store import Store
 from redoubt.training.distributed import leave, ranks, started_by_launcher
 from redoubt.training.trainer import accelerator, devices, make_trainer
@@ -66,6 +67,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
     if cfg.trainer.fast_dev_run:
         with tempfile.TemporaryDirectory() as folder:
             return _fast_dev_run(cfg, folder)
+    _check_evaluation(cfg)
     data = _data(cfg)
     run = running.train(cfg, data)
     results = [running.evaluate_run(cfg, data, run)]
@@ -74,6 +76,18 @@ def train(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
         results.append(running.evaluate_run(twin, data, other))
     _show(results, run.folder)
     return results[0]
+
+
+def _check_evaluation(cfg: DictConfig) -> None:
+    """What would make the evaluation impossible is said before the training, not after it."""
+    if not isinstance(cfg.attack.get("attacks"), DictConfig):
+        raise UserError("attack.attacks must map names to attacks")
+    for key, section in plain(cfg.attack.attacks).items():
+        make(section, f"attack.attacks.{key}")
+    if cfg.evaluation.checkpoint == "best" and not cfg.data.val_fraction:
+        raise UserError("evaluation.checkpoint=best needs a validation split: set data.val_fraction, as to 0.02")
+    if cfg.evaluation.beside:
+        running.twin_config(cfg, defense="none", base=str(cfg.evaluation.beside))
 
 
 def _fast_dev_run(cfg: DictConfig, folder: str) -> dict[str, Any]:
@@ -95,6 +109,8 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Attacks a finished run, or a file of weights in the net that ``model`` and ``defense`` name."""
     if (cfg.run is None) == (cfg.checkpoint is None):
         raise UserError("eval wants either run=<folder or name> or checkpoint=<file> with model=... data=...")
+    if cfg.trainer.fast_dev_run:
+        raise UserError("trainer.fast_dev_run=true is for train; for a quick look take data.limit_test=100")
     if cfg.run is not None:
         run = Store(cfg.paths.outputs).find(str(cfg.run))
         cfg = of_run(run.config(), cfg, overrides)
@@ -123,7 +139,9 @@ def _judge(
     axes = {**{k: cfg.axes[k] for k in config.AXES}, "seed": cfg.seed}
     facts = {"run": name, "axes": axes, "checkpoint": checkpoint, "weights": "student", "train_seconds": None}
     device = running.compute_device(cfg)
-    weights_id = running.weights_hash(module)
+    # The same weights are another function in another net: with another normalisation, tau, ...
+    net = canonical({"model": cfg.model, "defense": cfg.defense})
+    weights_id = f"{running.weights_hash(module)} {json.dumps(net, sort_keys=True)}"
     module = module.to(device).eval()
     return evaluate(
         module, data, plain(cfg), facts=facts, weights_id=weights_id, folder=folder, limit=limit, device=device

@@ -21,6 +21,7 @@ class CIFAR10(ImageData):
     """CIFAR-10: 50,000 training and 10,000 test images of 10 classes, 32 x 32."""
 
     name = "cifar10"
+    published = (50_000, 10_000)
 
     def official(self) -> Official:
         return CIFARBatches(known="CIFAR10", verify=self.verify, **self.where())
@@ -30,6 +31,7 @@ class CIFAR100(ImageData):
     """CIFAR-100: 50,000 training and 10,000 test images of 100 (fine) classes, 32 x 32."""
 
     name = "cifar100"
+    published = (50_000, 10_000)
 
     def official(self) -> Official:
         return CIFARBatches(known="CIFAR100", verify=self.verify, **self.where())
@@ -39,6 +41,7 @@ class SVHN(ImageData):
     """Street View House Numbers, cropped digits: 73,257 training and 26,032 test images, 32 x 32."""
 
     name = "svhn"
+    published = (73_257, 26_032)
 
     def official(self) -> Official:
         return SVHNMat(known="SVHN", verify=self.verify, **self.where())
@@ -48,6 +51,7 @@ class TinyImageNet(ImageData):
     """Tiny ImageNet: 100,000 training images of 200 classes, 64 x 64; tested on its 10,000 of validation."""
 
     name = "tiny_imagenet"
+    published = (100_000, 10_000)
 
     def official(self) -> Official:
         folder = TinyFolder(verify=self.verify, **self.where())

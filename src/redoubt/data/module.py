@@ -57,6 +57,8 @@ class ImageData(LightningDataModule):
 
     #: Of the data set, in the cache and in fingerprints.
     name: str
+    #: Images of the published (training, test) split.
+    published: tuple[int, int] = (0, 0)
     #: With few test images a rank may have none.
     allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -117,6 +119,11 @@ class ImageData(LightningDataModule):
         if self.source == "fake":
             return Fake(**self.where())
         return Folder(**self.where()) if self.source == "folder" else self.official()
+
+    def absent(self) -> bool:
+        """Whether the published files are wanted and would have to be downloaded first."""
+        source = self._source()
+        return source.downloads and not any(True for _ in source.entries("train"))
 
     def _split(self, split: str) -> Decoded:
         """All of "train" or "test", before limits."""

@@ -133,6 +133,8 @@ class FSR(RobustModule):
                 raise UserError(f"defense.{name}={value} must not be negative")
         if as_number(tau, "defense.tau") <= 0:
             raise UserError(f"defense.tau={tau} must be positive")
+        if int(hidden) != as_number(hidden, "defense.hidden") or hidden < 1:
+            raise UserError(f"defense.hidden={hidden} must be a whole number of at least 1")
         names = [str(net.feature_layer)] if at is None else [at] if isinstance(at, str) else list(at)
         shapes = map_shapes(net, names, image_size)
         layers = []

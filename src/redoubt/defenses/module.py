@@ -335,10 +335,15 @@ class RobustModule(LightningModule):
             adv = self.validation(lambda v: nn.functional.cross_entropy(self.logits(v), batch.y, reduction="none"), x)
             for name, images in (("clean", x), ("pgd", adv)):
                 with torch.no_grad():
-                    right = (self.logits(images).argmax(1) == batch.y).float().mean()
-                self._validation.add(name, right, len(x))
+                    logits = self.logits(images)
+                finite = logits.isfinite().all()
+                self.watch.bad = torch.maximum(self.watch.bad, (~finite).to(self.watch.bad))
+                self._validation.add(name, ((logits.argmax(1) == batch.y) & finite).float().mean(), len(x))
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn == "fit":  # the last step may have blown the weights up after a finite loss
+            grad.sum_over_ranks([self.watch.bad])
+            self.watch.look(self.steps_done, now=True)
         probe = self.trainer.datamodule.probe_name  # type: ignore[attr-defined]
         for name, value in self._validation.means().items():
             label = f"pgd{self.validation.steps}" if name == "pgd" else name

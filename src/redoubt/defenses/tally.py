@@ -97,7 +97,7 @@ class Watch:
         bad, self.shown = host.tolist()
         if bad > 0:
             raise NotFinite(
-                f"the training loss was not finite within the last {2 * LOOK_EVERY} steps before step {step}; the "
-                "weights of the last checkpoint are good: lower optimizer.lr, set optimizer.clip, or take "
-                "trainer.precision=32-true"
+                f"loss or logits were not finite within the last {2 * LOOK_EVERY} steps before step {step}; nothing "
+                "was saved since, the last checkpoint (if one was made) is from before: lower optimizer.lr, set "
+                "optimizer.clip, or take trainer.precision=32-true"
             )

@@ -16,7 +16,6 @@ import torch
 from redoubt.build import make
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
-from redoubt.errors import UserError
 from redoubt.evaluation.verdicts import accuracies, ensemble, judge, nrr
 from redoubt.runs.files import read_json, write_bytes, write_json
 from redoubt.runs.identity import canonical
@@ -50,8 +49,6 @@ def evaluate(
         The contents of results.json.
     """
     attack = dict(tree["attack"])
-    if not isinstance(attack.get("attacks"), Mapping):
-        raise UserError("attack.attacks must map names to attacks")
     name = evaluation_name(tree, data, [facts["checkpoint"], facts["weights"], weights_id])
     if folder is not None and (folder / name / "verdicts.npz").is_file():
         stored = read_json(folder / name / "results.json")

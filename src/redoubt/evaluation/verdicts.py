@@ -74,7 +74,8 @@ def _chunk(module: RobustModule, x: Tensor, y: Tensor, attacks: Mapping[str, Any
 
     def right(images: Tensor) -> Tensor:
         with torch.no_grad():
-            return module.logits(images).argmax(1) == y
+            logits = module.logits(images)
+            return (logits.argmax(1) == y) & logits.isfinite().all(1)  # argmax calls NaN class 0
 
     found: dict[str, Tensor] = {}
     reached: dict[Any, tuple[int, Tensor]] = {}

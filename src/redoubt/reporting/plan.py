@@ -13,6 +13,7 @@ from rich.table import Table
 
 from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
+from redoubt.data.loader import count_batches
 from redoubt.defenses import RobustModule
 from redoubt.runs.identity import identity
 from redoubt.runs.store import readable_name
@@ -26,32 +27,50 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
     """Prints run, recipes, size, estimated time and memory of a resolved config; trains and writes nothing."""
     check_precision(cfg)
     data = build_data(cfg)
-    data.prepare_data()
+    absent = data.absent()
+    if absent:  # nothing is downloaded for a plan: the published sizes, and noise to measure on
+        train, test = _published(cfg, data)
+        fingerprint = f"{data.name}/train@official"
+        stand_in = cfg.copy()
+        stand_in.data = {**cfg.data, "source": "fake", "limit_train": None, "limit_test": None}
+        data = build_data(stand_in)
+    else:
+        data.prepare_data()
+        train, test, fingerprint = data.train_size, len(data.arrays("test")[1]), data.fingerprint("train")
     module = build_module(cfg)
-    kind = accelerator(cfg)
+    kind, world, batch = accelerator(cfg), devices(cfg), int(cfg.data.batch_size)
     n = min(IMAGES[kind], data.train_size)
     seconds, activations = measure(module, data, n, "cuda" if kind == "gpu" else "cpu", str(cfg.trainer.precision))
     weights = sum(p.numel() for p in module.parameters())
     copies = 3 + (module.ema is not None)  # weights, gradients, momentum, average
-    batch = -(-int(cfg.data.batch_size) // (devices(cfg) * int(cfg.trainer.accumulate)))
-    memory = 4 * weights * copies + activations * batch / n + data.train_size * 3 * data.image_size**2
-    epoch = seconds / n * data.train_size / devices(cfg)
-    steps = data.steps_per_epoch(devices(cfg)) * int(cfg.trainer.max_epochs)
+    at_once = -(-batch // (world * int(cfg.trainer.accumulate)))
+    memory = 4 * weights * copies + activations * at_once / n + train * 3 * data.image_size**2
+    epochs = int(cfg.trainer.max_epochs)
+    epoch = seconds / n * train / world
+    steps = count_batches(train, batch, world) * epochs
     rows = {
-        "run": f"{readable_name(cfg.axes, cfg.seed)}-{identity(cfg, data.fingerprint('train'))}",
+        "run": f"{readable_name(cfg.axes, cfg.seed)}-{identity(cfg, fingerprint)}",
         "recipes": ", ".join(cfg.axes.recipes) or "default",
         "device": f"{device_name(cfg)}, {cfg.trainer.precision}",
         "parameters": f"{weights:,}",
-        "training": f"{data.train_size:,} images, {cfg.trainer.max_epochs} epochs, {steps:,} steps of "
-        f"{cfg.data.batch_size}",
-        "time, estimated": f"{clock(epoch)} an epoch, {clock(epoch * int(cfg.trainer.max_epochs))} in all",
-        "memory, estimated": f"{memory / 2**30:.2f} GiB ({batch} images at a time)",
-        "evaluation": f"{cfg.axes.attack}, {len(data.arrays('test')[1]):,} images",
+        "training": f"{train:,} images, {epochs} epochs, {steps:,} steps of {batch}",
+        "time, estimated": f"{clock(epoch)} an epoch, {clock(epoch * epochs)} in all",
+        "memory, estimated": f"{memory / 2**30:.2f} GiB ({at_once} images at a time)",
+        "evaluation": f"{cfg.axes.attack}, {test:,} images",
     }
+    if absent:
+        rows["data"] = f"not in {cfg.data.root} yet: will be downloaded"
     table = Table(show_header=False, title="plan: nothing is trained")
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)
+
+
+def _published(cfg: DictConfig, data: ImageData) -> tuple[int, int]:
+    """Training and test images of the published files, less validation and limits."""
+    train, test = data.published
+    train -= round(train * float(cfg.data.val_fraction))
+    return min(train, cfg.data.limit_train or train), min(test, cfg.data.limit_test or test)
 
 
 def measure(module: RobustModule, data: ImageData, n: int, device: str, precision: str) -> tuple[float, float]:

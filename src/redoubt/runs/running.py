@@ -145,9 +145,9 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """SHA-256 over names and bytes of a net's parameters and buffers."""
+    """SHA-256 over names and bytes of a net's parameters and buffers, those that no checkpoint holds included."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0]):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

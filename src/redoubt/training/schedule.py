@@ -45,6 +45,9 @@ class Schedule:
             raise UserError(f"schedule.kind={kind!r} is not known: take one of {', '.join(KINDS)}")
         if interval not in ("epoch", "step"):
             raise UserError(f"schedule.interval={interval!r} is not known: take epoch or step")
+        for name, value in (("milestones", milestones), ("factors", factors)):
+            if not isinstance(value, Sequence) or not all(isinstance(v, int | float) for v in value):
+                raise UserError(f"schedule.{name}={value!r} must be a list of numbers, as [75,90]")
         if len(milestones) != len(factors):
             raise UserError(
                 f"schedule.milestones has {len(milestones)} entries and schedule.factors {len(factors)}: "
