@@ -161,7 +161,7 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["defense=fsr", "defense.tau=0"], ["defense.tau=0"]),
     (["defense._target_=os.system"], ["defense", "'os.system'", "redoubt.allow"]),
     (["evaluation.checkpoint=first"], ["evaluation.checkpoint='first'", "last or best"]),
-    (["evaluation.checkpoint=best"], ["best.ckpt", "data.val_fraction"]),
+    (["evaluation.checkpoint=best"], ["data.val_fraction"]),
     (["evaluation.weights=ema"], ["evaluation.weights='ema'", "ema.decay"]),
     (["evaluation.beside=nature"], ["nature", "standard"]),
     (["runs.keep=everything"], ["runs.keep", "all"]),
