@@ -45,7 +45,7 @@ class Recorder(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._epoch_began, self._images = time.monotonic(), 0
         self._trained: float | None = None  # when this epoch's steps ended
-        self.seconds = 0.0  # of training, over all sessions of the run
+        self.seconds = 0.0  # of training, over all starts of the run
         self._since = time.monotonic()
 
     # ---- signals ------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class Recorder(Checkpoint):
             raise Stopped(128 + (self.stop or signal.SIGTERM))
 
     def total_seconds(self) -> float:
-        """Seconds of training so far, over all sessions."""
+        """Seconds of training so far, over all starts of the run."""
         return self.seconds + time.monotonic() - self._since
 
     def save(self, trainer: Trainer, path: Path) -> None:
