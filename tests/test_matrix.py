@@ -213,4 +213,4 @@ def test_any_library_net_takes_any_defense(model: str, name: str) -> None:
     if model == "timm":
         pytest.importorskip("timm")
     for defense in DEFENSES:
-        step((defense, default_base(defense), model, "cifar10"), f"model.name={name}")
+        step((defense, default_base(defense), model, "cifar10"), f"model.name={name}", "optimizer.lr=0.001")
