@@ -37,7 +37,7 @@ lint: setup  ## ruff and mypy
 	.venv/bin/mypy src
 
 bench: setup  ## the framework's own cost over a bare loop
-	$(PY) benchmarks/overhead.py
+	$(PY) benchmarks/overhead.py batch=128 steps=2 pairs=5
 
 lock: | $(filter .tools/bin/uv,$(UV))  ## compile requirements.lock anew
 	$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --generate-hashes \
