@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -28,7 +27,6 @@ from redoubt.runs.store import Store
 from redoubt.training.distributed import leave, ranks, started_by_launcher
 from redoubt.training.trainer import accelerator, devices, make_trainer
 
-log = logging.getLogger("redoubt")
 console = Console()
 
 

@@ -21,7 +21,6 @@ from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.record import evaluate
-from redoubt.runs import files
 from redoubt.runs.identity import identity, plain, redacted
 from redoubt.runs.loading import load, read_checkpoint
 from redoubt.runs.store import Run, Store, readable_name
@@ -52,8 +51,8 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
     store = Store(cfg.paths.outputs)
     rank, _ = ranks()
     run = Run(store.folder / f"{readable_name(cfg.axes, cfg.seed)}-{digest}")
-    if not broadcast(run.exists() and run.status["state"] == "done"):
-        build_module(cfg)  # what its constructors refuse leaves no run behind
+    finished = broadcast(run.exists() and run.status["state"] == "done")
+    module = None if finished else build_module(cfg)  # what its constructors refuse leaves no run behind
     if rank == 0:
         store.open(cfg.axes, cfg.seed, digest, plain(cfg), devices=[device_name(cfg)])
     barrier()
@@ -64,7 +63,7 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
         if rank == 0:
             run.update(state="running", max_epochs=int(cfg.trainer.max_epochs))
         with failures_noted(run if rank == 0 else None):
-            _fit(cfg, data, run)
+            _fit(cfg, data, run, module)
         if rank == 0:
             run.update(state="done")
             if cfg.runs.keep != "all":
@@ -74,9 +73,9 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
     return run
 
 
-def _fit(cfg: DictConfig, data: ImageData, run: Run | None) -> RobustModule:
-    """Trains, into a run's folder or (None) nowhere."""
-    module = build_module(cfg)
+def _fit(cfg: DictConfig, data: ImageData, run: Run | None, module: RobustModule | None = None) -> RobustModule:
+    """Trains a module (of the config, where None is given), into a run's folder or (None) nowhere."""
+    module = module or build_module(cfg)
     best: tuple[str, ...] = ()
     if data.val_fraction > 0:
         clean, robust = "val/clean", f"val/pgd{cfg.validation.steps}"
@@ -223,7 +222,7 @@ def failures_noted(run: Run | None) -> Iterator[None]:
             try:
                 run.update(state="failed", reason=reason[:500])
             except UserError:
-                log.warning("%s: the failure could not be noted", files.__name__)
+                log.warning("run %s: its failure could not be noted", run.name)
         raise
 
 

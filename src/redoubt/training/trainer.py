@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,4 +128,3 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*num_workers.*|.*srun.*|.*lr_scheduler.*")
-    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")
