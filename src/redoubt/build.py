@@ -116,9 +116,12 @@ def _module(tree: dict[str, Any]) -> RobustModule:
     base = tree.get("axes", {}).get("base")
     if base and base in STANDARD_BASES and base not in getattr(defense, "bases", (base,)):
         raise UserError(f"base={base} is not defined for this defense: take one of base={', '.join(defense.bases)}")
+    # Where its weights come from is the run's business: nothing is read or trained here.
+    section = {key: value for key, value in tree["defense"].items() if key != "pretrained"}
+    awp = tree.get("awp", {})
     watched = {**tree["threat"], "steps": tree["validation"]["steps"], "step": tree["validation"]["step"]}
     return make(
-        tree["defense"],
+        section,
         "defense",
         net=make(tree["model"], "model"),
         objective=objective,
@@ -133,6 +136,8 @@ def _module(tree: dict[str, Any]) -> RobustModule:
         accumulate=tree["trainer"]["accumulate"],
         ema_decay=tree["ema"]["decay"],
         ema_warmup=tree["ema"]["warmup"],
+        awp_rho=awp.get("rho"),
+        awp_warmup=awp.get("warmup"),
         weights=tree["evaluation"]["weights"],
         compile=tree["compile"],
         channels_last=tree["channels_last"],

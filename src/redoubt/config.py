@@ -86,7 +86,10 @@ def with_axes(cfg: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     cfg.axes = {name: str(choices[name]) for name in AXES if choices.get(name)}
     # in the order in which they win over each other
-    order = ("recipe/data", "recipe/base", "recipe/defense", "recipe/cell", "schedule", "experiment")
+    order = (
+        *("recipe/data", "recipe/base", "recipe/defense", "recipe/defense_base", "recipe/defense_data", "recipe/cell"),
+        *("schedule", "experiment"),
+    )
     cfg.axes.recipes = [f"{group}/{choices[group]}" for group in order if _exists(group, choices.get(group))]
     OmegaConf.set_struct(cfg, True)
     return cfg
@@ -199,6 +202,8 @@ _NUMBERS = {
     "validation.every": 1,
     "validation.steps": 0,
     "validation.step": 0.0,
+    "awp.rho": 0.0,
+    "awp.warmup": 0.0,
 }
 _WHOLE = (
     "seed",

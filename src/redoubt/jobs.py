@@ -89,15 +89,23 @@ def _check_evaluation(cfg: DictConfig) -> None:
 
 
 def _fast_dev_run(cfg: DictConfig, folder: str) -> dict[str, Any]:
-    """One training, one validation and one evaluation batch of the cell and of its natural twin, kept nowhere."""
-    cfg.paths.outputs = folder
+    """One training, one validation and one evaluation batch of each net that the cell needs, kept nowhere."""
     data = _data(cfg)
+    start = running.starting_point(cfg, data)  # a given run lies in the store
+    cfg.paths.outputs = folder
     cells = [cfg]
     if cfg.evaluation.beside:
         cells.append(running.twin_config(cfg, defense="none", base=str(cfg.evaluation.beside)))
     results = []
     for cell in cells:
-        module = running._fit(cell, data, None)
+        module = None
+        if start is not None and cell is cfg:
+            module = build_module(cfg)
+            if start.twin is not None:
+                module.start_from(running._fit(start.twin, data, None).deployed())
+            else:
+                running.begin(module, start, cfg, data)
+        module = running._fit(cell, data, None, module)
         results.append(_judge(module, cell, data, "fast_dev_run", "none", None, int(data.batch_size)))
     _show(results, None)
     return results[0]

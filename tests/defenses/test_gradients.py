@@ -178,7 +178,7 @@ def test_step_is_torch_s_sgd(nesterov):
         for p, g in zip(net.parameters(), gradient, strict=True):
             p.grad = g.clone()
         plain.step()
-        module.step(optimizer, params, gradient)
+        module.step((optimizer, params, gradient))
         for p, q in zip(params, net.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(
@@ -197,7 +197,7 @@ def test_clip_is_torch_s_clip_grad_norm(clip):
         p.grad = g.clone()
     norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
     plain.step()
-    module.step(optimizer, params, gradient)
+    module.step((optimizer, params, gradient))
     for p, q in zip(params, net.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
     assert module.tally.means()["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
@@ -221,7 +221,7 @@ def test_a_step_that_is_not_finite_is_called_off_and_all_after_it(value, where, 
             outer_of = objective.outer
             module.objective.outer = lambda *a: {k: v * factor for k, v in outer_of(*a).items()}
         (gradient,) = module.gradients(losses, [params], x, adv, y)
-        module.step(optimizer, params, gradient)
+        module.step((optimizer, params, gradient))
         if where == "loss":
             module.objective = objective
 
@@ -243,13 +243,13 @@ def test_a_scaled_step_that_overflows_halves_the_scale_and_is_forgiven():
     module = build(*SGD)
     module.scale = LossScale(torch.device("cpu"), start=1024.0)
     (optimizer,), params = module.configure_optimizers(), list(module.parameters())
-    module.step(optimizer, params, drawn(params, 0))
+    module.step((optimizer, params, drawn(params, 0)))
     before = [p.detach().clone() for p in params]
-    module.step(optimizer, params, drawn(params, 1, float("inf")))
+    module.step((optimizer, params, drawn(params, 1, float("inf"))))
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     assert module.scale.scale == 512
     assert module.watch.bad == 0
-    module.step(optimizer, params, drawn(params, 2))
+    module.step((optimizer, params, drawn(params, 2)))
     assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
@@ -262,13 +262,13 @@ def test_an_overflow_in_the_first_step_leaves_no_trace_in_the_momentum(monkeypat
     net = copy.deepcopy(module.net)
     module.scale = LossScale(torch.device("cpu"), start=1024.0)
     (optimizer,), plain, params = module.configure_optimizers(), plain_sgd(net), list(module.parameters())
-    module.step(optimizer, params, drawn(params, 0, float("inf")))
+    module.step((optimizer, params, drawn(params, 0, float("inf"))))
     for seed in (1, 2):
         gradient = drawn(params, seed)
         for p, g in zip(net.parameters(), gradient, strict=True):
             p.grad = g.clone()
         plain.step()
-        module.step(optimizer, params, gradient)
+        module.step((optimizer, params, gradient))
     for p, q in zip(params, net.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 

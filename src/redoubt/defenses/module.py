@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -14,10 +15,11 @@ from torch.optim import Optimizer
 from redoubt.attacks import PGD
 from redoubt.data import Batch
 from redoubt.defenses import gradients as grad
+from redoubt.defenses.awp import AWP
 from redoubt.defenses.gradients import Gradient, Losses, Share
 from redoubt.defenses.tally import Tally, Watch
 from redoubt.errors import UserError
-from redoubt.nets import attack_mode
+from redoubt.nets import attack_mode, load_weights
 from redoubt.objectives import Objective
 from redoubt.rng import generator
 from redoubt.training.ema import EMA
@@ -28,8 +30,9 @@ class RobustModule(LightningModule):
     """Adversarial training of one net by one objective.
 
     A defense derives from it and overrides what it changes: ``run``, ``draw_noise`` and ``auxiliary`` (more
-    losses on the same forward), ``terms``, ``update`` (other gradients or steps) or ``after_step``. Optimisation is
-    manual throughout, so that clipping, precision, accumulation, schedules and ranks take one path.
+    losses on the same forward), ``terms``, ``update`` (other gradients or steps) or ``after_step``; and, where it has
+    nets of its own, ``start_from``, ``evaluated_weights`` and ``deployed``. Optimisation is manual throughout, so that
+    clipping, precision, accumulation, schedules and ranks take one path.
 
     Args:
         net: Maps pixels [B, 3, H, W] in [0, 1] to logits [B, K].
@@ -44,13 +47,16 @@ class RobustModule(LightningModule):
         clip: Largest norm of the whole gradient, or None.
         accumulate: Micro-batches per step; BatchNorm sees one micro-batch at a time.
         ema_decay, ema_warmup: Weight averaging; None switches it off.
-        weights: Which weights are validated and evaluated, ``student`` or ``ema``.
+        awp_rho, awp_warmup: Adversarial weight perturbation and the epochs before it begins; None switches it off.
+        weights: Which weights are validated and evaluated, one of ``weight_sets``.
         compile: Compile the net (torch.compile).
         channels_last: Memory format of net and images.
     """
 
     #: Bases that the defense is defined with.
     bases: tuple[str, ...] = ("standard", "at", "trades", "mart")
+    #: What ``evaluation.weights`` may name.
+    weight_sets: tuple[str, ...] = ("student", "ema")
 
     def __init__(
         self,
@@ -68,15 +74,19 @@ class RobustModule(LightningModule):
         accumulate: int = 1,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        awp_rho: float | None = None,
+        awp_warmup: float | None = None,
         weights: str = "student",
         compile: bool = False,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        if weights not in ("student", "ema") or (weights == "ema" and ema_decay is None):
+        if weights not in self.weight_sets or (weights == "ema" and ema_decay is None):
+            others = [name for name in self.weight_sets if name != "ema"]
             raise UserError(
-                f"evaluation.weights={weights!r}: take student, or ema where ema.decay is set (it is {ema_decay})"
+                f"evaluation.weights={weights!r}: take {' or '.join(others)}, or ema where ema.decay is set "
+                f"(it is {ema_decay})"
             )
         if accumulate < 1:
             raise UserError(f"trainer.accumulate={accumulate} must be at least 1")
@@ -89,6 +99,7 @@ class RobustModule(LightningModule):
         self.num_classes, self.image_size, self.seed = num_classes, image_size, seed
         self.clip, self.accumulate, self.weights = clip, accumulate, weights
         self.ema = EMA(self.net, decay=ema_decay, warmup=ema_warmup) if ema_decay is not None else None
+        self.awp = AWP(rho=awp_rho, warmup=awp_warmup or 0.0) if awp_rho else None
         self.scale: grad.LossScale | None = None
         self.steps_done = 0
         self.share: Share | None = None
@@ -118,6 +129,31 @@ class RobustModule(LightningModule):
         """Inside, the net holds the weights that are evaluated (``weights``)."""
         with self.ema.applied() if self.weights == "ema" and self.ema else nullcontext():
             yield
+
+    def evaluated_state(self, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The checkpoint's ``state_dict`` with the evaluated weights in the net's place.
+
+        Raises:
+            UserError: The checkpoint does not hold them.
+        """
+        state = dict(checkpoint["state_dict"])
+        if self.weights == "ema":
+            average = checkpoint["redoubt"]["ema"]
+            if average is None:
+                raise UserError("it holds no averaged weights: take evaluation.weights=student")
+            state |= {f"net.{name}": tensor for name, tensor in average.items()}
+        return state
+
+    def deployed(self) -> nn.Module:
+        """A copy of the evaluated net for use elsewhere, in evaluation mode, without what only training needs."""
+        with self.evaluated_weights():
+            return copy.deepcopy(self.net).eval()
+
+    def start_from(self, backbone: nn.Module) -> None:
+        """Begins from a trained net of the same model (``defense.pretrained``) instead of fresh weights."""
+        load_weights(self.net, backbone.state_dict(), "defense.pretrained")
+        if self.ema is not None:
+            self.ema.restart()
 
     # ---- one training step ------------------------------------------------------------------------------------
 
@@ -173,9 +209,10 @@ class RobustModule(LightningModule):
 
     def update(self, x: Tensor, adv: Tensor, y: Tensor) -> None:
         """Gradients, clipping, step."""
-        params = list(self.parameters())
-        (gradient,) = self.gradients(lambda *batch: [self.loss(*batch)], [params], x, adv, y)
-        self.step(self.raw_optimizers()[0], params, gradient)
+        params = self.trained()
+        with self.perturbed(x, adv, y):
+            (gradient,) = self.gradients(lambda *batch: [self.loss(*batch)], [params], x, adv, y)
+        self.step((self.raw_optimizers()[0], params, gradient))
 
     def after_step(self) -> None:
         """What follows the step: averaging, and the module's own count of steps."""
@@ -185,14 +222,60 @@ class RobustModule(LightningModule):
 
     # ---- pieces of the step -----------------------------------------------------------------------------------
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training moves."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     def loss(self, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         """The sum of ``terms``, each noted for the epoch's log."""
-        terms = self.terms(x, adv, y)
+        return self.noted(self.terms(x, adv, y), len(y))
+
+    def noted(self, terms: Mapping[str, Tensor], count: int) -> Tensor:
+        """The sum of terms, each a mean over ``count`` examples and noted for the epoch's log."""
         loss = torch.stack(list(terms.values())).sum()
         for name, value in {"loss": loss, **terms}.items():
-            self.tally.add(name, value.detach(), len(y))
+            self.tally.add(name, value.detach(), count)
         self.watch.loss(loss.detach())
         return loss
+
+    def moving_buffers(self) -> list[Tensor]:
+        """Floating buffers that training forwards change: BatchNorm's statistics."""
+        return [b for b in self.net.buffers() if b.is_floating_point()]
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether this step's gradients are taken at AWP's weights."""
+        return self.awp is not None and self.steps_done >= self.awp.warmup * self.steps_per_epoch
+
+    @contextmanager
+    def perturbed(self, x: Tensor, adv: Tensor, y: Tensor, ascent: Gradient | None = None) -> Iterator[None]:
+        """Inside, the weights are AWP's, one ascent of the loss away; where AWP is off, nothing happens.
+
+        Args:
+            x, adv, y: The batch; adv stays as it was crafted.
+            ascent: Gradient of the loss for ``trained()``, where it is already known.
+        """
+        if self.awp is None or not self.perturbs:
+            yield
+            return
+        params = self.trained()
+        if ascent is None:
+            with self.traceless():
+                (ascent,) = self.gradients(lambda *batch: [self.loss(*batch)], [params], x, adv, y)
+        with self.awp.applied(params, ascent):
+            yield
+
+    @contextmanager
+    def traceless(self) -> Iterator[None]:
+        """Inside, training forwards neither count for the log nor move BatchNorm's statistics."""
+        buffers = self.moving_buffers()
+        kept, tally = [b.clone() for b in buffers], self.tally
+        self.tally = Tally()
+        try:
+            yield
+        finally:
+            self.tally = tally
+            torch._foreach_copy_(buffers, kept) if buffers else None
 
     def gradients(
         self, losses: Losses, params: Sequence[Sequence[nn.Parameter]], x: Tensor, adv: Tensor, y: Tensor
@@ -221,7 +304,7 @@ class RobustModule(LightningModule):
         assert total is not None
         # BatchNorm's statistics travel along: the ranks never differ, in no step, so neither do their averages,
         # attacks and checkpoints.
-        buffers = [b for b in self.net.buffers() if b.is_floating_point()]
+        buffers = self.moving_buffers()
         world = grad.sum_over_ranks([self.watch.bad, *buffers, *(g for one in total for g in one if g is not None)])
         if world > 1:
             self.watch.bad.clamp_(max=1.0)
@@ -229,27 +312,32 @@ class RobustModule(LightningModule):
                 buffer.div_(world)
         return total
 
-    def step(self, optimizer: Optimizer, params: Sequence[nn.Parameter], gradient: Gradient) -> None:
-        """Clips the gradient and steps; the step is called off, on the device, if anything is not finite."""
-        present = [g for g in gradient if g is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
-        overflow = (~norm.isfinite()).float()
+    def step(self, *moves: tuple[Optimizer, Sequence[nn.Parameter], Gradient]) -> None:
+        """Clips and steps, one move after the other; all are called off, on the device, if anything is not finite.
+
+        Args:
+            moves: (optimizer, its parameters, their gradient); each gradient is clipped by its own norm.
+        """
+        present = [[g for g in gradient if g is not None] for _, _, gradient in moves]
+        norms = torch.stack([torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gs))) for gs in present])
+        overflow = (~norms.isfinite().all()).float()
         if self.scale is None:
             self.watch.gradient(overflow)
         else:
             self.scale.update(overflow)
-        if self.clip is not None:
-            torch._foreach_mul_(present, (self.clip / (norm + 1e-6)).clamp(max=1.0))
-        self.tally.add("grad_norm", norm, 1)
-        for p, g in zip(params, gradient, strict=True):
-            # torch's fused optimizers go through memory in its order, and a compiled net's gradients come in another.
-            alike = g is None or (g.stride() == p.stride() and g.dtype == p.dtype)
-            p.grad = g if alike else torch.empty_like(p).copy_(cast(Tensor, g))
-        # Read by torch's fused optimizers: 1 leaves weights and momentum as they are.
-        cast(Any, optimizer).found_inf = torch.maximum(self.watch.bad, overflow)
-        optimizer.step()
-        for p in params:
-            p.grad = None
+        self.tally.add("grad_norm", norms.max(), 1)
+        for (optimizer, params, gradient), gs, norm in zip(moves, present, norms, strict=True):
+            if self.clip is not None:
+                torch._foreach_mul_(gs, (self.clip / (norm + 1e-6)).clamp(max=1.0))
+            for p, g in zip(params, gradient, strict=True):
+                # torch's fused optimizers go through memory in its order; a compiled net's gradients come in another.
+                alike = g is None or (g.stride() == p.stride() and g.dtype == p.dtype)
+                p.grad = g if alike else torch.empty_like(p).copy_(cast(Tensor, g))
+            # Read by torch's fused optimizers: 1 leaves weights and momentum as they are.
+            cast(Any, optimizer).found_inf = torch.maximum(self.watch.bad, overflow)
+            optimizer.step()
+            for p in params:
+                p.grad = None
 
     def micro_batches(self) -> Iterator[slice]:
         """The micro-batches' rows in turn, with ``share`` set to each while it is worked on."""
@@ -283,7 +371,11 @@ class RobustModule(LightningModule):
     # ---- Lightning ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> list[Optimizer]:
-        optimizer = self.make_optimizer(self.parameters())
+        return [self.optimizer_of(self.trained())]
+
+    def optimizer_of(self, params: Sequence[nn.Parameter]) -> Optimizer:
+        """An optimizer of some parameters, as the config says."""
+        optimizer = self.make_optimizer(params)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -296,7 +388,7 @@ class RobustModule(LightningModule):
             for group in optimizer.param_groups:
                 for p in group["params"] if group["momentum"] and not group["dampening"] else ():
                     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return [optimizer]
+        return optimizer
 
     def raw_optimizers(self) -> list[Optimizer]:
         """The optimizers themselves: Lightning's wrappers count each one's step as a global step."""
@@ -339,6 +431,12 @@ class RobustModule(LightningModule):
                 finite = logits.isfinite().all()
                 self.watch.bad = torch.maximum(self.watch.bad, (~finite).to(self.watch.bad))
                 self._validation.add(name, ((logits.argmax(1) == batch.y) & finite).float().mean(), len(x))
+            for name, value in self.watched(x, adv, batch.y).items():
+                self._validation.add(name, value, len(x))
+
+    def watched(self, x: Tensor, adv: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What else a defense shows of the validation images and their attacked ones: {name: mean}; none here."""
+        return {}
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.state.fn == "fit":  # the last step may have blown the weights up after a finite loss

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from redoubt.errors import UserError
 from redoubt.nets.base import Backbone, Normalize
@@ -14,7 +15,7 @@ from redoubt.nets.reading import NORMALISATION, read_state_dict
 
 log = logging.getLogger(__name__)
 
-__all__ = ["load_backbone", "read_state_dict"]
+__all__ = ["load_backbone", "load_weights", "read_state_dict"]
 
 
 def load_backbone(net: Backbone, path: str | Path) -> None:
@@ -38,17 +39,32 @@ def load_backbone(net: Backbone, path: str | Path) -> None:
     for key in own.keys() - found.keys():
         if key.endswith(".num_batches_tracked"):  # absent before torch 0.4.1, unused at a fixed momentum
             found[key] = own[key]
-    differences = _differences(found, own)
-    if differences:
-        raise UserError(
-            f"{path}: of another net: {differences[0]} ({len(differences)} keys differ, the net has "
-            f"{len(own)}): choose the model, its options and the data (number of classes) of that file"
-        )
-    net.load_state_dict({net.key_prefix + k: v for k, v in found.items()})
+    load_weights(net, {net.key_prefix + k: v for k, v in found.items()}, str(path))
     if normalize is not None:
         weight = next(net.parameters())
         net.normalize = normalize.to(weight.device, weight.dtype)
         log.info("%s holds a normalisation; it is now the net's first layer: %s", path, normalize)
+
+
+def load_weights(net: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Loads a state_dict whole, or, at an error, not at all.
+
+    Args:
+        net: The net to fill.
+        state: Its state_dict.
+        origin: Where it comes from, for the message.
+
+    Raises:
+        UserError: It is another net's; the first keys that differ are named.
+    """
+    own = net.state_dict()
+    differences = _differences(state, own)
+    if differences:
+        raise UserError(
+            f"{origin}: of another net: {'; '.join(differences[:3])} ({len(differences)} keys differ, the net has "
+            f"{len(own)}): choose the model, its options and the data (number of classes) of those weights"
+        )
+    net.load_state_dict(state)
 
 
 def _rename(
@@ -85,7 +101,7 @@ def _normalisation(
         raise UserError(f"{path}: {error}") from error
 
 
-def _differences(found: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+def _differences(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     """What keeps `found` from being the net's state, other shapes first: they tell the most."""
     shapes = [
         f"{k} is {list(found[k].shape)}, the net wants {list(own[k].shape)}"

@@ -16,6 +16,7 @@ from redoubt.data import ImageData
 from redoubt.data.loader import count_batches
 from redoubt.defenses import RobustModule
 from redoubt.runs.identity import identity
+from redoubt.runs.start import starting_point
 from redoubt.runs.store import readable_name
 from redoubt.training.trainer import accelerator, check_precision, device_name, devices
 
@@ -37,19 +38,21 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
     else:
         data.prepare_data()
         train, test, fingerprint = data.train_size, len(data.arrays("test")[1]), data.fingerprint("train")
+    start = starting_point(cfg, data, fingerprint)
     module = build_module(cfg)
     kind, world, batch = accelerator(cfg), devices(cfg), int(cfg.data.batch_size)
     n = min(IMAGES[kind], data.train_size)
     seconds, activations = measure(module, data, n, "cuda" if kind == "gpu" else "cpu", str(cfg.trainer.precision))
-    weights = sum(p.numel() for p in module.parameters())
+    weights = sum(p.numel() for p in module.trained())
+    frozen = sum(p.numel() for p in module.parameters()) - weights
     copies = 3 + (module.ema is not None)  # weights, gradients, momentum, average
     at_once = -(-batch // (world * int(cfg.trainer.accumulate)))
-    memory = 4 * weights * copies + activations * at_once / n + train * 3 * data.image_size**2
+    memory = 4 * (weights * copies + frozen) + activations * at_once / n + train * 3 * data.image_size**2
     epochs = int(cfg.trainer.max_epochs)
     epoch = seconds / n * train / world
     steps = count_batches(train, batch, world) * epochs
     rows = {
-        "run": f"{readable_name(cfg.axes, cfg.seed)}-{identity(cfg, fingerprint)}",
+        "run": f"{readable_name(cfg.axes, cfg.seed)}-{identity(cfg, fingerprint, start.identity if start else None)}",
         "recipes": ", ".join(cfg.axes.recipes) or "default",
         "device": f"{device_name(cfg)}, {cfg.trainer.precision}",
         "parameters": f"{weights:,}",
@@ -58,6 +61,9 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
         "memory, estimated": f"{memory / 2**30:.2f} GiB ({at_once} images at a time)",
         "evaluation": f"{cfg.axes.attack}, {test:,} images",
     }
+    if start is not None:
+        there = start.run is None or (start.run.exists() and start.run.status["state"] == "done")
+        rows["starts from"] = start.name if there else f"{start.name}, which will be trained first"
     if absent:
         rows["data"] = f"not in {cfg.data.root} yet: will be downloaded"
     table = Table(show_header=False, title="plan: nothing is trained")
@@ -74,7 +80,7 @@ def _published(cfg: DictConfig, data: ImageData) -> tuple[int, int]:
 
 
 def measure(module: RobustModule, data: ImageData, n: int, device: str, precision: str) -> tuple[float, float]:
-    """Seconds of crafting and gradients for ``n`` images, and bytes that their training forward keeps."""
+    """Seconds of crafting and updating for ``n`` images, and bytes that their training forward keeps."""
     images, labels = (t[:n].to(device) for t in data.arrays("train_probe"))
     module.to(device)
     module.accumulate = 1
@@ -88,6 +94,9 @@ def measure(module: RobustModule, data: ImageData, n: int, device: str, precisio
 
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    module.steps_done = 10**9  # past every warm-up
+    optimizers = module.configure_optimizers()
+    module.raw_optimizers = lambda: optimizers  # type: ignore[method-assign]
     cast: Any = torch.autocast(device, dtype=dtype) if dtype else nullcontext()
     with cast:
         module.train()
@@ -97,7 +106,7 @@ def measure(module: RobustModule, data: ImageData, n: int, device: str, precisio
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
             adv = module.craft(x, labels)
-            module.gradients(lambda *batch: [module.loss(*batch)], [list(module.parameters())], x, adv, labels)
+            module.update(x, adv, labels)
             if device == "cuda":
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - began)

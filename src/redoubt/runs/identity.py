@@ -126,11 +126,10 @@ def identity(cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | N
     Args:
         cfg: The composed config, resolved or resolvable.
         train_fingerprint: Stands for the training tensors, in place of ``data.root`` and ``data.source``.
-        pretrained: Identity of the run that this one starts from; replaces the config's ``pretrained``.
+        pretrained: Identity of what this run starts from, in place of the config's ``pretrained``; None from scratch.
     """
-    excluded = EXCLUDED if pretrained is None else EXCLUDED | PRETRAINED
     decisive = {
-        "config": deciding(cfg, excluded=excluded),
+        "config": deciding(cfg, excluded=EXCLUDED | PRETRAINED),
         "data": train_fingerprint,
         "pretrained": pretrained,
         "numerics": redoubt.NUMERICS,

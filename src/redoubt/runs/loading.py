@@ -80,12 +80,10 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 def restore(module: RobustModule, file: Path) -> None:
     """Puts a checkpoint's evaluated weights into the module and sets it to evaluation."""
     content = read_checkpoint(file)
-    state = dict(content["state_dict"])
-    if module.weights == "ema":
-        average = content["redoubt"]["ema"]
-        if average is None:
-            raise UserError(f"{file} holds no averaged weights: take evaluation.weights=student")
-        state |= {f"net.{name}": tensor for name, tensor in average.items()}
+    try:
+        state = module.evaluated_state(content)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     own = module.state_dict()
     wrong = [k for k in (*own, *state) if k not in own or k not in state or own[k].shape != state[k].shape]
     if wrong:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from redoubt import config
 from redoubt.build import build_module, make
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
@@ -23,6 +22,7 @@ from redoubt.errors import UserError
 from redoubt.evaluation.record import evaluate
 from redoubt.runs.identity import identity, plain, redacted
 from redoubt.runs.loading import load, read_checkpoint
+from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name
 from redoubt.training.distributed import ranks
 from redoubt.training.progress import ProgressBar
@@ -32,9 +32,9 @@ from redoubt.training.trainer import accelerator, device_name, make_trainer
 log = logging.getLogger("redoubt")
 
 
-def identify(cfg: DictConfig, data: ImageData) -> str:
-    """The identity of a resolved config; every process must find the same."""
-    digest = identity(cfg, data.fingerprint("train"))
+def identify(cfg: DictConfig, data: ImageData, start: Start | None = None) -> str:
+    """The identity of a resolved config that begins from ``start``; every process must find the same."""
+    digest = identity(cfg, data.fingerprint("train"), start.identity if start else None)
     found = broadcast(digest)
     if found != digest:
         raise UserError(f"rank {ranks()[0]} would train run {digest}, rank 0 trains {found}: their configs differ")
@@ -47,12 +47,15 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
     Raises:
         UserError: Whatever the user can mend; the run's status then says why.
     """
-    digest = identify(cfg, data)
+    start = starting_point(cfg, data)
+    digest = identify(cfg, data, start)
     store = Store(cfg.paths.outputs)
     rank, _ = ranks()
     run = Run(store.folder / f"{readable_name(cfg.axes, cfg.seed)}-{digest}")
     finished = broadcast(run.exists() and run.status["state"] == "done")
     module = None if finished else build_module(cfg)  # what its constructors refuse leaves no run behind
+    if module is not None and start is not None and not broadcast(run.last.is_file()):
+        begin(module, start, cfg, data)
     if rank == 0:
         store.open(cfg.axes, cfg.seed, digest, plain(cfg), devices=[device_name(cfg)])
     barrier()
@@ -71,6 +74,17 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
                     strip(file)
         barrier()
     return run
+
+
+def begin(module: RobustModule, start: Start, cfg: DictConfig, data: ImageData) -> None:
+    """Puts trained weights into a fresh module; the natural run is made first where there is none."""
+    if start.twin is not None:
+        there = broadcast(start.run is not None and start.run.exists() and start.run.status["state"] == "done")
+        note(f"defense.pretrained=auto: natural run {start.name} is {'in the store' if there else 'trained first'}")
+        train(start.twin, data)
+    else:
+        note(f"defense.pretrained: starts from {start.name}")
+    module.start_from(trained_net(start, cfg))
 
 
 def _fit(cfg: DictConfig, data: ImageData, run: Run | None, module: RobustModule | None = None) -> RobustModule:
@@ -167,33 +181,6 @@ def find_or_make(cfg: DictConfig, data: ImageData, *, defense: str, base: str) -
     """
     twin = twin_config(cfg, defense=defense, base=base)
     return twin, train(twin, data)
-
-
-def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
-    """The resolved config that `find_or_make` trains."""
-    own = [f"{key}={value}" for key, value in leaves(plain(cfg.natural)) if value is not None]
-    choices = [f"{axis}={cfg.axes[axis]}" for axis in ("model", "data", "attack")]
-    try:
-        twin = config.compose([*choices, f"defense={defense}", f"base={base}", *own])
-    except UserError as error:
-        raise UserError(f"natural.{error}" if own else str(error)) from error
-    for key in ("model", "data", "threat", "attack", "validation", "paths", "logger", "runs"):
-        OmegaConf.update(twin, key, cfg[key], merge=False)
-    for key in ("seed", "compile", "channels_last"):
-        twin[key] = cfg[key]
-    epochs = twin.trainer.max_epochs
-    twin.trainer = {**cfg.trainer, "max_epochs": epochs, "accumulate": 1}
-    twin.evaluation = {**cfg.evaluation, "weights": None, "checkpoint": "last", "beside": None}
-    return config.resolve(twin)
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested mapping."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def compute_device(cfg: DictConfig) -> torch.device:

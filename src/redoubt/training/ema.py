@@ -27,7 +27,11 @@ class EMA:
             raise UserError(f"ema.decay={decay} must lie in [0, 1); null switches averaging off")
         self.decay, self.warmup = float(decay), warmup
         self._net = net
-        self.average = {name: t.detach().clone() for name, t in _floats(net).items()}
+        self.restart()
+
+    def restart(self) -> None:
+        """The average begins anew as a copy of the live net."""
+        self.average = {name: t.detach().clone() for name, t in _floats(self._net).items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

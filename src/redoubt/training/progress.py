@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -20,6 +21,8 @@ from rich.progress import (
 from redoubt.training.distributed import ranks
 
 console = Console(stderr=True, soft_wrap=True)
+
+_ACCURACY = re.compile(r"/(clean|pgd\d+)$")
 
 
 class ProgressBar(Callback):
@@ -57,7 +60,7 @@ class ProgressBar(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        self.accuracies = " ".join(f"{k} {100 * v:.1f}%" for k, v in metrics.items() if "/" in k and "train/" not in k)
+        self.accuracies = " ".join(f"{k} {100 * v:.1f}%" for k, v in metrics.items() if _ACCURACY.search(k))
         if not self.enabled or self.bar is not None:
             return
         done = pl_module.steps_done

@@ -1,0 +1,158 @@
+"""What a run starts from: the natural run of the same model and data, a given run or file, or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from redoubt import config
+from redoubt.build import make
+from redoubt.data import ImageData
+from redoubt.errors import UserError
+from redoubt.nets import Backbone, load_backbone, load_weights
+from redoubt.runs.identity import identity, plain
+from redoubt.runs.loading import load
+from redoubt.runs.store import Run, Store, readable_name
+
+
+@dataclass(frozen=True)
+class Start:
+    """Trained weights to begin from; of ``auto`` they may still have to be made.
+
+    Args:
+        identity: Stands for the weights in the identity of the run that begins from them.
+        name: For people.
+        twin: Config of the natural run that ``auto`` finds or makes.
+        run: The run that was given or found.
+        net: The net of the file that was given.
+    """
+
+    identity: str
+    name: str
+    twin: DictConfig | None = None
+    run: Run | None = None
+    net: nn.Module | None = None
+
+
+def starting_point(cfg: DictConfig, data: ImageData, fingerprint: str | None = None) -> Start | None:
+    """What ``defense.pretrained`` means: ``auto``, a run, a checkpoint file, or None for ``none``. Trains nothing.
+
+    Args:
+        cfg: Resolved config of the cell.
+        data: Its data.
+        fingerprint: Of the training tensors, where it is known.
+
+    Raises:
+        UserError: No such run or file, an unfinished run, or a file of another net.
+    """
+    wanted = cfg.defense.get("pretrained")
+    if wanted is None or str(wanted).lower() == "none":
+        return None
+    store = Store(cfg.paths.outputs)
+    if wanted == "auto":
+        twin = twin_config(cfg, defense="none", base="standard")
+        digest = identity(twin, fingerprint or data.fingerprint("train"))
+        run = Run(store.folder / f"{readable_name(twin.axes, twin.seed)}-{digest}")
+        return Start(digest, run.name, twin=twin, run=run)
+    try:
+        return _given(str(wanted), cfg, store)
+    except UserError as error:
+        raise UserError(f"defense.pretrained={wanted}: {error}") from error
+
+
+def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
+    file = Path(wanted).expanduser()
+    if not file.is_file():
+        try:
+            run = store.find(wanted)
+        except UserError as error:
+            text = str(error).removeprefix(f"run={wanted}: ").removeprefix(f"run={wanted!r}: ")
+            raise UserError(f"{text}; or give auto, none or a file of weights") from error
+    else:
+        run = Run(file.resolve().parent.parent)
+        if not run.exists() or file.resolve() != run.last.resolve():
+            net = _fresh(cfg)
+            load_backbone(net, file)
+            _same_first_layer(net, _fresh(cfg), file)
+            return Start(_hash(net), file.name, net=net)
+    if run.status["state"] != "done":
+        raise UserError(f"run {run.name} is {run.status['state']}: let it finish first")
+    return Start(run.hash, run.name, run=run)
+
+
+def trained_net(start: Start, cfg: DictConfig) -> nn.Module:
+    """The plain net of a start whose run is finished.
+
+    Raises:
+        UserError: Its net is another one than the config's.
+    """
+    if start.net is not None:
+        return start.net
+    assert start.run is not None
+    net, found = _fresh(cfg), load(start.run).deployed()
+    load_weights(net, found.state_dict(), f"defense.pretrained: run {start.run.name}")
+    _same_first_layer(found, net, f"run {start.run.name}")
+    return net
+
+
+def _fresh(cfg: DictConfig) -> Backbone:
+    """The config's net as it is without a defense."""
+    with torch.random.fork_rng(devices=[]):
+        return make(plain(cfg.model), "model")
+
+
+def _same_first_layer(found: nn.Module, own: nn.Module, origin: object) -> None:
+    """Refuses weights that were trained behind another normalisation than the config's."""
+    a, b = (dict(net.named_buffers()) for net in (found, own))
+    for name in ("normalize.mean", "normalize.std"):
+        mine, theirs = b.get(name), a.get(name)
+        if mine is None and theirs is None:
+            continue
+        if mine is None or theirs is None or not torch.allclose(mine, theirs):
+            shown = "no normalisation" if theirs is None else f"normalize.{name[10:]} {theirs.flatten().tolist()}"
+            raise UserError(f"{origin} was trained with {shown}: set model.normalize, model.mean and model.std so")
+
+
+def _hash(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
+    """The resolved config of another cell on the same model, data, limits, split, seed, precision and devices.
+
+    Its epochs, optimizer and schedule come from its own recipe, or from ``natural.*``; never from ``cfg``.
+    """
+    own = [f"{key}={value}" for key, value in leaves(plain(cfg.natural)) if value is not None]
+    choices = [f"{axis}={cfg.axes[axis]}" for axis in ("model", "data", "attack")]
+    try:
+        twin = config.compose([*choices, f"defense={defense}", f"base={base}", *own])
+    except UserError as error:
+        raise UserError(f"natural.{error}" if own else str(error)) from error
+    for key in ("model", "data", "threat", "attack", "validation", "paths", "logger", "runs"):
+        OmegaConf.update(twin, key, cfg[key], merge=False)
+    for key in ("seed", "compile", "channels_last"):
+        twin[key] = cfg[key]
+    epochs = twin.trainer.max_epochs
+    twin.trainer = {**cfg.trainer, "max_epochs": epochs, "accumulate": 1}
+    twin.evaluation = {**cfg.evaluation, "weights": None, "checkpoint": "last", "beside": None}
+    return config.resolve(twin)
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
