@@ -151,8 +151,7 @@ class AFD(RobustModule):
     def shares(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
         """What is trained: D2; the classifier; backbone and D1."""
         head = self.head
-        d2: list[nn.Parameter] = [head.d2.weight]
-        classifier = list(head.linear.parameters())
+        d2, classifier = list(head.d2.parameters()), list(head.linear.parameters())
         apart = {id(p) for p in (*d2, *classifier)}
         return d2, classifier, [p for p in self.trained() if id(p) not in apart]
 
@@ -186,9 +185,9 @@ class AFD(RobustModule):
         return [self.optimizer_of(params) for params in (d2, body + classifier, body + classifier)]
 
     def watched(self, x: Tensor, adv: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Gaps of the last-layer feature: each net's own between x and adv, and the student's on adv to the teacher's on x.
+        """Gaps of the last-layer feature, per image and then averaged.
 
-        ``linf`` is the mean largest difference of an entry, ``cos`` the mean of 1 - cosine.
+        ``student``, ``teacher``: each net's own between x and adv; ``across``: teacher on x, student on adv. ``linf`` is the largest difference of an entry, ``cos`` is 1 - cosine.
         """
         with torch.no_grad(), attack_mode(self.teacher):
             student, teacher = ([f.float() for f in (of(x), of(adv))] for of in (self.feature, self.teach))
