@@ -95,6 +95,7 @@ def seen(*overrides: str) -> Seen:
 
 
 ADAM, FSR, L2 = ("optimizer=adamw",), ("defense=fsr",), ("threat=l2",)
+AFD, CURE = ("defense=afd",), ("defense=cure", "defense.rate=1", "defense.decay=0.5")
 TRADES, MART, PLAIN = ("base=trades",), ("base=mart",), ("base=standard",)
 STEPPED = ("schedule.kind=multistep", "schedule.epochs=2", "schedule.milestones=[2]", "schedule.factors=[0.5]")
 LONG = ("schedule=onecycle", "schedule.epochs=2")
@@ -135,6 +136,33 @@ DECIDING = [
     ("defense.lambda_rec=0.3", FSR),
     ("defense.tau=0.5", FSR),
     ("defense.hidden=8", FSR),
+    ("defense=afd", ()),
+    ("defense.alpha=1", AFD),
+    ("defense.beta=1", AFD),
+    ("defense.gamma=1", AFD),
+    ("defense.update=joint", AFD),
+    ("defense=cure", ()),
+    ("defense.criterion=joint", CURE),
+    ("defense.criterion=soft", CURE),
+    ("defense.criterion=none", CURE),
+    ("defense.loss=rgp", CURE),
+    ("defense.loss=rgp_soft", CURE),
+    ("defense.beta=1", (*CURE, "defense.loss=rgp_soft")),
+    ("defense.freeze=update", CURE),
+    ("defense.alpha=0.9", CURE),
+    ("defense.percentile=60", CURE),
+    ("defense.exempt=[classifier]", CURE),
+    ("defense.gamma=0.2", CURE),
+    ("defense.rate=0", CURE),
+    ("defense.rate_decay=linear", CURE),
+    ("defense.decay=0.9", CURE),
+    ("defense.decay_warmup=true", (*CURE, "defense.decay=0.9")),
+    ("defense.warmup_epochs=1", CURE),
+    ("base=at", CURE),
+    ("awp.rho=0.01", ()),
+    ("awp.rho=0.01", AFD),
+    ("awp.rho=0.01", CURE),
+    ("awp.warmup=1", ("awp.rho=0.01",)),
     ("optimizer.lr=0.02", ()),
     ("optimizer.momentum=0.5", ()),
     ("optimizer.weight_decay=0.01", ()),
@@ -256,7 +284,7 @@ ELSEWHERE = {
     "compile", "channels_last", "data.num_classes", "model.num_classes", "model.mean", "model.std", "data.source",
     "base.label_smoothing", "trainer.sync_batchnorm", "trainer.deterministic", "trainer.fast_dev_run",
     "evaluation.weights", "logger.project", "logger.offline", "attack.norm", "attack.ensemble", "attack.attacks",
-    "natural", "plan", "run", "checkpoint",
+    "natural", "plan", "run", "checkpoint", "to", "defense.pretrained",
 }  # fmt: skip
 
 

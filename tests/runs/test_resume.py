@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import DictConfig
 from tests.conftest import everything
 
-from redoubt.build import build_data
+from redoubt.build import build_data, build_module
 from redoubt.runs import running
 from redoubt.training.recorder import Stopped, read_rows
 
@@ -31,16 +32,27 @@ def without_clock(folder: Path) -> list[dict[str, str]]:
     [
         ["defense=fsr", "base=trades", "ema=wa", "schedule=onecycle"],
         ["defense=none", "base=mart", "ema=wa", "ema.warmup=true", "schedule=cosine", "optimizer.clip=1"],
+        ["defense=afd", "defense.pretrained={natural}", "awp.rho=0.01", "awp.warmup=1"],
+        [
+            "defense=cure", "defense.pretrained={natural}", "defense.rate=0.5", "defense.decay_warmup=true",
+            "defense.freeze=update", "ema=wa", "defense.warmup_epochs=0.5",
+        ],
+        ["defense=cure", "defense.pretrained={natural}", "defense.loss=rgp", "defense.criterion=joint", "base=at"],
+        pytest.param(["defense=afd", "defense.update=joint", "base=trades"], marks=pytest.mark.slow),
     ],
-)
+)  # fmt: skip
 def test_stopped_after_every_step(
     cell: Callable[..., DictConfig],
     sigterm_after: Callable[[int | None], None],
     overrides: list[str],
     tmp_path: Path,
 ) -> None:
+    natural = tmp_path / "natural.pt"  # which the module of the resumed run could not draw from its own seed
+    torch.save(build_module(cell("model.widths=[4,4,8,8]", "seed=5")).net.state_dict(), natural)
+
     def at(name: str) -> DictConfig:
-        return cell(*overrides, "runs.keep=all", f"paths.outputs={tmp_path / name}")
+        chosen = [o.format(natural=natural) for o in overrides]
+        return cell("model.widths=[4,4,8,8]", *chosen, "runs.keep=all", f"paths.outputs={tmp_path / name}")
 
     whole = run(at("whole"))
     expected = everything(whole / "checkpoints/last.ckpt")
