@@ -219,7 +219,10 @@ def test_help_without_torch(tmp_path: Path) -> None:
     """No torch on the path: --help and a wrong command answer all the same, and fast."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     env = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
-    for argv, code, says in ((["train", "--help"], 0, "defense: fsr, none"), (["foo"], 2, "redoubt: 'foo' is no")):
+    for argv, code, says in (
+        (["train", "--help"], 0, "defense: afd, cure, fsr, none"),
+        (["foo"], 2, "redoubt: 'foo' is no"),
+    ):
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", "redoubt.cli", *argv], cwd=tmp_path, env=env, capture_output=True, text=True

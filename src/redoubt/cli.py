@@ -1,4 +1,4 @@
-"""The command line: ``redoubt train | eval | runs``. Composes, checks, hands over; knows no mathematics."""
+"""The command line: ``redoubt train | eval | export | runs``. Composes, checks, hands over; knows no mathematics."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; composing and --help must no
 COMMANDS = {
     "train": "train a cell of the grid, attack the result, record it",
     "eval": "attack a finished run or any weights",
+    "export": "write a finished run's net as one file: safetensors, torch.export or ONNX",
     "runs": "ls | show | rm | prune the runs of the store",
 }
 
@@ -51,7 +52,7 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
         from redoubt.runs.commands import main as runs
 
         return runs(arguments)
-    if command in ("train", "eval"):
+    if command in ("train", "eval", "export"):
         return _hydra(command, arguments, debug)
     if command in ("-h", "--help", "help"):
         print("usage: redoubt COMMAND [key=value ...] [--debug]\n")
@@ -103,6 +104,8 @@ def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     from redoubt import jobs
     from redoubt.training.distributed import companions
 
+    if command == "export":
+        return jobs.export_run(cfg)
     cfg = config.resolve(cfg)
     job = {"command": command, "config": cfg, "overrides": overrides, "config_dirs": config.search_path}
     with companions(job, jobs.processes(cfg)):

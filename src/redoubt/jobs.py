@@ -1,4 +1,4 @@
-"""What ``train`` and ``eval`` do, as lists of steps."""
+"""What ``train``, ``eval`` and ``export`` do, as lists of steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +19,8 @@ from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.record import evaluate
-from redoubt.nets import Backbone, load_backbone
+from redoubt.export import export
+from redoubt.nets import load_backbone
 from redoubt.reporting.table import results_table
 from redoubt.runs import running
 from redoubt.runs.identity import canonical, plain
@@ -125,7 +126,7 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         return results
     data = _data(cfg)
     module = build_module(cfg)
-    load_backbone(cast(Backbone, module.net), Path(str(cfg.checkpoint)))
+    load_backbone(module.net, Path(str(cfg.checkpoint)))
     folder = Path(cfg.paths.outputs) / "eval"
     results = _judge(module, cfg, data, Path(str(cfg.checkpoint)).stem, str(cfg.checkpoint), folder)
     _show([results], folder / results["evaluation"])
@@ -182,6 +183,16 @@ def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str]) -> Dic
     merged.attack = attack.attack
     merged.axes.attack = attack.axes.attack
     return config.resolve(merged)
+
+
+def export_run(cfg: DictConfig) -> None:
+    """Writes a finished run's net as a file and says what it holds."""
+    for key, like in (("run", "<folder or name>"), ("to", "model.safetensors, model.pt2 or model.onnx")):
+        if cfg[key] is None:
+            raise UserError(f"{key} is missing: export wants {key}={like}")
+    chosen = cfg.evaluation
+    options = {"checkpoint": str(chosen.checkpoint), "weights": chosen.weights, "outputs": str(cfg.paths.outputs)}
+    print(export(str(cfg.run), str(cfg.to), **options), flush=True)
 
 
 def _data(cfg: DictConfig) -> ImageData:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redoubt.defenses.module import RobustModule
+from redoubt.defenses.module import RobustModule, at_least_float32
 from redoubt.errors import UserError
 from redoubt.nets import Backbone, attack_mode, load_weights
 from redoubt.objectives.base import wrong_label
@@ -61,8 +61,8 @@ class AFD(RobustModule):
     - ``cos``: ``beta * mean cos(f1, f2)``, signed,
     - the base's terms on z1 (``at``: ``CE(z1, y)``) and ``align``: ``gamma * (1 - mean cos(f1, f_T))``.
 
-    ``update="accumulated"`` is the authors' (methods 7.5): three optimizers, each with its own momentum and weight decay,
-    whose gradients accumulate; all are taken at the same weights, where their code, in the PyTorch that it needs, takes
+    ``update="accumulated"`` is the authors' (methods 7.5): three optimizers with momentum and decay of their own, whose
+    gradients accumulate; all are taken at the same weights, where their code, in the PyTorch that it needs, takes
     the last ones at weights already moved. D2 gets the gradient of neg; then the backbone, D1 and the classifier step
     along ``cos`` (the classifier along neg), then again along ``cos + rest`` (the classifier along ``neg + rest``).
 
@@ -142,7 +142,7 @@ class AFD(RobustModule):
             taught = self.teach(x)
         self.tally.add("accuracy_adv", (z1.detach().argmax(1) == y).float().mean(), len(y))
         return self.objective.outer(z1, y, clean) | {
-            "neg": self.alpha * F.cross_entropy(z2.float(), wrong_label(z1, y)),
+            "neg": self.alpha * F.cross_entropy(at_least_float32(z2), wrong_label(z1, y)),
             # The cosine never reaches D2: in the authors' code D2 has stepped before.
             "cos": self.beta * cosine(f1, f2.detach()).mean(),
             "align": self.gamma * (1 - cosine(f1, taught).mean()),
@@ -187,10 +187,11 @@ class AFD(RobustModule):
     def watched(self, x: Tensor, adv: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Gaps of the last-layer feature, per image and then averaged.
 
-        ``student``, ``teacher``: each net's own between x and adv; ``across``: teacher on x, student on adv. ``linf`` is the largest difference of an entry, ``cos`` is 1 - cosine.
+        ``student``, ``teacher``: each net's own between x and adv; ``across``: teacher on x, student on adv.
+        ``linf`` is the largest difference of an entry, ``cos`` is 1 - cosine.
         """
         with torch.no_grad(), attack_mode(self.teacher):
-            student, teacher = ([f.float() for f in (of(x), of(adv))] for of in (self.feature, self.teach))
+            student, teacher = ([at_least_float32(of(v)) for v in (x, adv)] for of in (self.feature, self.teach))
         pairs = {"student": student, "teacher": teacher, "across": [teacher[0], student[1]]}
         gaps = {}
         for name, (a, b) in pairs.items():
@@ -222,6 +223,4 @@ class AFD(RobustModule):
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of the angle between rows [B, d], at least float32 [B]."""
-    if a.dtype in (torch.float16, torch.bfloat16) or b.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    return F.cosine_similarity(a, b, dim=1)
+    return F.cosine_similarity(at_least_float32(a), at_least_float32(b), dim=1)

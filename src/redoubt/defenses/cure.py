@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from redoubt.defenses.gradients import Gradient
-from redoubt.defenses.module import RobustModule
+from redoubt.defenses.module import RobustModule, at_least_float32
 from redoubt.errors import UserError
 from redoubt.objectives.base import kl_per_example
 from redoubt.units import as_number
@@ -113,25 +113,32 @@ class CURE(RobustModule):
             "beta": (beta, math.inf), "rate": (rate, 1.0), "decay": (decay, 1.0),
             "warmup_epochs": (warmup_epochs, math.inf),
         }  # fmt: skip
-        for name, (number, most) in ranges.items():
-            if not 0 <= as_number(number, f"defense.{name}") <= most:
-                raise UserError(f"defense.{name}={number} must lie in [0, {most:g}]")
-        if percentile == 100:
+        numbers = {name: as_number(number, f"defense.{name}") for name, (number, _) in ranges.items()}
+        for name, (_, most) in ranges.items():
+            if not 0 <= numbers[name] <= most:
+                raise UserError(f"defense.{name}={numbers[name]:g} must lie in [0, {most:g}]")
+        if numbers["percentile"] == 100:
             raise UserError("defense.percentile=100 would conserve everything: take less")
+        if not isinstance(decay_warmup, bool):
+            raise UserError(f"defense.decay_warmup={decay_warmup!r} must be true or false")
         super().__init__(net=net, **rest)
-        if warmup_epochs and warmup_epochs >= self.schedule.max_epochs:
+        if numbers["warmup_epochs"] >= self.schedule.max_epochs:
             raise UserError(
                 f"defense.warmup_epochs={warmup_epochs} leaves nothing of trainer.max_epochs={self.schedule.max_epochs}"
             )
-        self.criterion = criterion if percentile else "none"
+        if self.weights == "revision" and not numbers["gamma"]:
+            raise UserError("evaluation.weights=revision: with defense.gamma=0 the revision model is never forwarded")
+        self.criterion = criterion if numbers["percentile"] else "none"
         self.loss_kind, self.freeze_kind, self.rate_decay = loss, freeze, rate_decay
-        self.alpha, self.percentile, self.gamma, self.beta = float(alpha), float(percentile), float(gamma), float(beta)
-        self.rate, self.decay, self.decay_warmup = float(rate), float(decay), bool(decay_warmup)
-        self.warmup_epochs = float(warmup_epochs)
+        self.alpha, self.percentile = numbers["alpha"], numbers["percentile"]
+        self.gamma, self.beta, self.rate = numbers["gamma"], numbers["beta"], numbers["rate"]
+        self.decay, self.decay_warmup, self.warmup_epochs = numbers["decay"], decay_warmup, numbers["warmup_epochs"]
         self.revision = copy.deepcopy(self.net).requires_grad_(False)
         if rest.get("compile"):
             self.revise = torch.compile(self.revise)  # type: ignore[method-assign]
-        patterns = EXEMPT[self.criterion] if exempt is None else [exempt] if isinstance(exempt, str) else list(exempt)
+        patterns = EXEMPT[self.criterion] if exempt is None else (exempt,) if isinstance(exempt, str) else exempt
+        if not isinstance(patterns, Sequence) or not all(isinstance(entry, str) for entry in patterns):
+            raise UserError(f"defense.exempt={exempt!r} must be a name, a regular expression or a list of them")
         self.masked = masked_names(self.net, patterns, given=exempt is not None) if self.criterion != "none" else []
 
     # ---- the revision model -----------------------------------------------------------------------------------
@@ -145,8 +152,7 @@ class CURE(RobustModule):
         """Its logits in a training forward, without gradient; in float32 at least."""
         for own, students in zip(self.revision.modules(), self.net.modules(), strict=True):
             own.training = students.training
-        logits = self.revise(x)
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return at_least_float32(self.revise(x))
 
     @torch.no_grad()
     def move_revision(self) -> None:
@@ -326,7 +332,7 @@ class CURE(RobustModule):
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
-        if self.weights != "revision":
+        if self.weights != "revision" or self.warming:  # until then the revision model is nobody's
             with super().evaluated_weights():
                 yield
             return

@@ -120,7 +120,7 @@ class RobustModule(LightningModule):
 
     def logits(self, x: Tensor) -> Tensor:
         """Deterministic logits [B, K] of pixels [B, 3, H, W], at least float32. What every attack sees."""
-        return _at_least_float32(self.run(x)[0])
+        return at_least_float32(self.run(x)[0])
 
     forward = logits
 
@@ -147,7 +147,7 @@ class RobustModule(LightningModule):
     def deployed(self) -> nn.Module:
         """A copy of the evaluated net for use elsewhere, in evaluation mode, without what only training needs."""
         with self.evaluated_weights():
-            return copy.deepcopy(self.net).eval()
+            return copy.deepcopy(self.net).eval().requires_grad_(True)
 
     def start_from(self, backbone: nn.Module) -> None:
         """Begins from a trained net of the same model (``defense.pretrained``) instead of fresh weights."""
@@ -197,7 +197,7 @@ class RobustModule(LightningModule):
             purpose: Which forward of the step this is; names its random numbers.
         """
         logits, sides = self.run(x, self.draw_noise(x, purpose))
-        return _at_least_float32(logits), sides
+        return at_least_float32(logits), sides
 
     def draw_noise(self, x: Tensor, purpose: str) -> Any:
         """The random numbers of a training forward; none here."""
@@ -268,14 +268,15 @@ class RobustModule(LightningModule):
     @contextmanager
     def traceless(self) -> Iterator[None]:
         """Inside, training forwards neither count for the log nor move BatchNorm's statistics."""
-        buffers = self.moving_buffers()
+        buffers = list(self.buffers())
         kept, tally = [b.clone() for b in buffers], self.tally
         self.tally = Tally()
         try:
             yield
         finally:
             self.tally = tally
-            torch._foreach_copy_(buffers, kept) if buffers else None
+            for buffer, old in zip(buffers, kept, strict=True):
+                buffer.copy_(old)
 
     def gradients(
         self, losses: Losses, params: Sequence[Sequence[nn.Parameter]], x: Tensor, adv: Tensor, y: Tensor
@@ -466,5 +467,6 @@ class RobustModule(LightningModule):
             self.ema.load(state["ema"])
 
 
-def _at_least_float32(t: Tensor) -> Tensor:
+def at_least_float32(t: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; a wider type stays."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

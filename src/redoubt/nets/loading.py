@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 __all__ = ["load_backbone", "load_weights", "read_state_dict"]
 
 
-def load_backbone(net: Backbone, path: str | Path) -> None:
+def load_backbone(net: nn.Module, path: str | Path) -> None:
     """Loads a file's weights into a net, in place: every parameter and buffer, or, at an error, none.
 
     Tolerated are: other repositories' names (`net.key_aliases`), parameters that no forward uses
@@ -26,20 +26,21 @@ def load_backbone(net: Backbone, path: str | Path) -> None:
     net's first layer, because weights that were trained behind a normalisation are wrong without it.
 
     Args:
-        net: The net to fill.
+        net: The net to fill, a Backbone or any other.
         path: A file that `read_state_dict` reads.
 
     Raises:
         UserError: The file cannot be read, or is of another net.
     """
-    own = {k.removeprefix(net.key_prefix): v for k, v in net.state_dict().items()}
-    found = _rename(read_state_dict(path), own, net.key_aliases)
-    found = {k: v for k, v in found.items() if k in own or not re.search(net.key_dead, k)}
-    normalize, found = _normalisation(found, own, Path(path))
+    names = net if isinstance(net, Backbone) else Backbone  # a net of the user's own has no other names
+    own = {k.removeprefix(names.key_prefix): v for k, v in net.state_dict().items()}
+    found = _rename(read_state_dict(path), own, names.key_aliases)
+    found = {k: v for k, v in found.items() if k in own or not re.search(names.key_dead, k)}
+    normalize, found = _normalisation(found, own, Path(path)) if isinstance(net, Backbone) else (None, found)
     for key in own.keys() - found.keys():
         if key.endswith(".num_batches_tracked"):  # absent before torch 0.4.1, unused at a fixed momentum
             found[key] = own[key]
-    load_weights(net, {net.key_prefix + k: v for k, v in found.items()}, str(path))
+    load_weights(net, {names.key_prefix + k: v for k, v in found.items()}, str(path))
     if normalize is not None:
         weight = next(net.parameters())
         net.normalize = normalize.to(weight.device, weight.dtype)

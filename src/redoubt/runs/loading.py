@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
+from redoubt import config
 from redoubt.build import build_module
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
+from redoubt.nets import load_weights
 from redoubt.runs.store import Run, Store
 
 
@@ -21,10 +26,10 @@ def load(
     weights: str | None = None,
     outputs: str | Path = "outputs",
 ) -> RobustModule:
-    """The module of a run, in evaluation mode on the CPU.
+    """The module of a run or of an exported file, in evaluation mode on the CPU.
 
     Args:
-        source: A run, its folder or name, or one of its checkpoint files.
+        source: A run, its folder or name, one of its checkpoint files, or a .safetensors file of ``export``.
         checkpoint: ``last`` or ``best``, where ``source`` is a run.
         weights: ``student`` or ``ema``; what the run's config evaluates where None.
         outputs: The store in which names are looked up.
@@ -34,6 +39,8 @@ def load(
     """
     if isinstance(source, (str, Path)) and Path(source).is_file():
         file = Path(source)
+        if file.suffix == ".safetensors":
+            return _exported(file)
         run = Run(file.resolve().parent.parent)
         if not run.exists():
             raise UserError(
@@ -43,11 +50,49 @@ def load(
         run = source if isinstance(source, Run) else Store(outputs).find(source)
         file = checkpoint_file(run, checkpoint)
     cfg = OmegaConf.create(run.config())
+    if "pretrained" in cfg.model:
+        cfg.model.pretrained = False  # its weights follow: nothing is downloaded
     if weights is not None:
         cfg.evaluation.weights = weights
     module = build_module(cfg)
     restore(module, file)
     return module
+
+
+def _exported(file: Path) -> RobustModule:
+    """The module of a file that ``export`` wrote, rebuilt from its metadata."""
+    cfg = config.compose([])
+    cfg.axes = {}  # of the default cell
+    try:
+        with safe_open(file, framework="pt") as opened:
+            facts = json.loads(opened.metadata()["redoubt"])
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        for name in ("model", "defense"):
+            if facts[name] is not None:
+                cfg[name] = {**facts[name], "_target_": facts[name]["_target_"]}
+        for name, key in (("data", "num_classes"), ("data", "image_size"), ("threat", "norm"), ("threat", "eps")):
+            cfg[name][key] = facts[name][key]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is none of export's files, or cut short: give foreign weights to eval.py, as checkpoint={file} "
+            "with model=... and data=..."
+        ) from error
+    module = build_module(cfg)
+    prefix = getattr(module.net, "key_prefix", "")
+    weights = {f"{prefix}{k}": v for k, v in state.items() if k not in CONSTANTS}  # which the metadata has built
+    load_weights(module.net, weights, str(file))
+    return module.eval()
+
+
+#: A state_dict lacks them; the weights would be wrong without.
+CONSTANTS = ("normalize.mean", "normalize.std")
+
+
+def portable_state(net: nn.Module) -> dict[str, Tensor]:
+    """The state_dict under the names of the library that the net is from, and the normalisation's constants."""
+    constants = {k: b for k, b in net.named_buffers() if k in CONSTANTS}
+    prefix = getattr(net, "key_prefix", "")
+    return constants | {k.removeprefix(prefix): t for k, t in net.state_dict().items()}
 
 
 def checkpoint_file(run: Run, which: str) -> Path:
