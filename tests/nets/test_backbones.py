@@ -139,6 +139,8 @@ def test_bad_arguments(arguments, says):
 def test_bad_depth_and_shortcut():
     with pytest.raises(UserError, match="depth=35"):
         WideResNet(num_classes=10, depth=35)
+    with pytest.raises(UserError, match="stem_padding=2"):
+        ResNet18(num_classes=10, stem_padding=2)
     with pytest.raises(UserError, match="shortcut=x"):
         PreActResNet18(num_classes=10, shortcut="x")
 

@@ -32,11 +32,13 @@ def moved(net: nn.Module) -> dict[str, torch.Tensor]:
     return net.state_dict()
 
 
-def test_resnet18_is_the_papers_net():
-    """Against a transcription of methods.md 0.1 at 32 pixels, average pooling 4 as in the papers."""
-    net, x = build(ResNet18, num_classes=10), torch.rand(2, 3, 32, 32)
+@pytest.mark.parametrize("padding", [None, 1, 0])
+def test_resnet18_is_the_papers_net(padding):
+    """Against a transcription of methods.md 0.1 at 32 pixels, average pooling 4 as in the papers; AFD's stem (7.9)."""
+    net, x = build(ResNet18, num_classes=10, stem_padding=padding), torch.rand(2, 3, 32, 32)
     w = moved(net)
-    h = F.relu(bn(w, "bn1", F.conv2d(x, w["conv1.weight"], padding=1)))
+    h = F.relu(bn(w, "bn1", F.conv2d(x, w["conv1.weight"], padding=0 if padding == 0 else 1)))
+    assert h.shape[2] == (30 if padding == 0 else 32)
     for stage in (1, 2, 3, 4):
         for block in (0, 1):
             name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1

@@ -1,4 +1,4 @@
-"""AFD: Adversarial Fine-tuning via Disentanglement (AAAI 2025)."""
+"""AFD: Adversarial Fine-tuning via Disentanglement (Zhou et al., AAAI 2025)."""
 
 from __future__ import annotations
 

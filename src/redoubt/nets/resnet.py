@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
+from redoubt.errors import UserError
 from redoubt.nets.base import Backbone, first_layer
 
 #: kuangliu's pytorch-cifar, the source of most papers' CIFAR ResNet, names two things otherwise.
@@ -31,6 +32,7 @@ class ResNet18(Backbone, torchvision_resnet.ResNet):
         normalize: Whether the first layer normalises; the papers' nets see raw pixels.
         mean: Per-channel mean for `normalize`.
         std: Per-channel standard deviation for `normalize`.
+        stem_padding: Of the stem; None is 1. AFD's copy of the net has 0 (methods.md 7.9): maps of 30, 15, 8, 4.
     """
 
     feature_layer = "layer4"
@@ -50,9 +52,13 @@ class ResNet18(Backbone, torchvision_resnet.ResNet):
         normalize: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        stem_padding: int | None = None,
     ) -> None:
+        padding = 1 if stem_padding is None else stem_padding
+        if padding not in (0, 1):
+            raise UserError(f"model.stem_padding={stem_padding} is not known: take 0 or 1")
         torchvision_resnet.ResNet.__init__(self, torchvision_resnet.BasicBlock, [2, 2, 2, 2], num_classes)
-        self.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=padding, bias=False)
         self.maxpool = nn.Identity()
         default_init(self)
         self.normalize = first_layer(normalize, mean, std)
