@@ -163,6 +163,10 @@ DECIDING = [
     ("awp.rho=0.01", AFD),
     ("awp.rho=0.01", CURE),
     ("awp.warmup=1", ("awp.rho=0.01",)),
+    *((option, (defense,)) for defense in ("defense=afd", "defense=cure") for option in (
+        "trainer.precision=bf16-mixed", "trainer.accumulate=2", "optimizer.clip=0.1", "optimizer=adamw",
+        "schedule.kind=cosine", "label_smoothing=0.2",
+    )),
     ("optimizer.lr=0.02", ()),
     ("optimizer.momentum=0.5", ()),
     ("optimizer.weight_decay=0.01", ()),
@@ -528,7 +532,7 @@ def test_gradients_of_another_memory_format_step_the_same(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("defense", ["none", "fsr"])
+@pytest.mark.parametrize("defense", ["none", "fsr", "afd", "cure"])
 def test_compile_trains_the_same(defense: str) -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile on a CPU wants a C++ compiler")

@@ -205,6 +205,19 @@ def test_threshold_in_deterministic_mode(warn_only):
         torch.use_deterministic_algorithms(False)
 
 
+def test_threshold_of_sixteen_million_entries():
+    """More than torch.quantile takes in some of the versions that we allow."""
+    n = 2**24 + 3
+    score = torch.arange(n, dtype=torch.float32).flip(0)
+    assert (score < threshold(score, 30.0)).sum() == round(0.3 * n)
+
+
+def test_threshold_reads_nothing_on_the_host():
+    """On the meta device there is nothing that could be read."""
+    score = torch.empty(7, 11, device="meta")
+    assert (score < threshold(score, 30.0)).device.type == "meta"
+
+
 def test_threshold_keeps_shape_and_order_of_memory_out():
     score = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(1))
     assert threshold(score, 30) == threshold(score.contiguous(memory_format=torch.channels_last), 30)

@@ -101,10 +101,10 @@ class AFD(RobustModule):
             raise UserError("model: AFD needs a net with get_classifier and forward_head (redoubt.nets.Backbone)")
         teacher = copy.deepcopy(net).requires_grad_(False)
         classifier = net.get_classifier()
-        self_name = next(name for name, module in net.named_modules() if module is classifier)
-        net.set_submodule(self_name, DisentangledHead(classifier))
+        head_name = next(name for name, module in net.named_modules() if module is classifier)
+        net.set_submodule(head_name, DisentangledHead(classifier))
         super().__init__(net=net, **rest)
-        self.teacher, self.head_name = teacher.to(memory_format=self.format), self_name
+        self.teacher, self.head_name = teacher.to(memory_format=self.format), head_name
         self.alpha, self.beta, self.gamma = float(alpha), float(beta), float(gamma)
         self.joint = update == "joint"
         if rest.get("compile"):

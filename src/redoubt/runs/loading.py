@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,15 @@ def portable_state(net: nn.Module) -> dict[str, Tensor]:
     constants = {k: b for k, b in net.named_buffers() if k in CONSTANTS}
     prefix = getattr(net, "key_prefix", "")
     return constants | {k.removeprefix(prefix): t for k, t in net.state_dict().items()}
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names and bytes of a net's parameters and buffers, those that no checkpoint holds included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def checkpoint_file(run: Run, which: str) -> Path:

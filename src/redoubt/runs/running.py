@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -21,7 +20,7 @@ from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.record import evaluate
 from redoubt.runs.identity import identity, plain, redacted
-from redoubt.runs.loading import load, read_checkpoint
+from redoubt.runs.loading import load, read_checkpoint, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name
 from redoubt.training.distributed import ranks
@@ -155,15 +154,6 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
         folder=run.eval,
         device=device,
     )
-
-
-def weights_hash(module: torch.nn.Module) -> str:
-    """SHA-256 over names and bytes of a net's parameters and buffers, those that no checkpoint holds included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0]):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def find_or_make(cfg: DictConfig, data: ImageData, *, defense: str, base: str) -> tuple[DictConfig, Run]:

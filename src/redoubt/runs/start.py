@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from redoubt.data import ImageData
 from redoubt.errors import UserError
 from redoubt.nets import Backbone, load_backbone, load_weights
 from redoubt.runs.identity import identity, plain
-from redoubt.runs.loading import load
+from redoubt.runs.loading import load, weights_hash
 from redoubt.runs.store import Run, Store, readable_name
 
 
@@ -81,7 +80,7 @@ def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
             net = _fresh(cfg)
             load_backbone(net, file)
             _same_first_layer(net, _fresh(cfg), file)
-            return Start(_hash(net), file.name, net=net)
+            return Start(weights_hash(net), file.name, net=net)
     if run.status["state"] != "done":
         raise UserError(f"run {run.name} is {run.status['state']}: let it finish first")
     return Start(run.hash, run.name, run=run)
@@ -118,14 +117,6 @@ def _same_first_layer(found: nn.Module, own: nn.Module, origin: object) -> None:
         if mine is None or theirs is None or not torch.allclose(mine, theirs):
             shown = "no normalisation" if theirs is None else f"normalize.{name[10:]} {theirs.flatten().tolist()}"
             raise UserError(f"{origin} was trained with {shown}: set model.normalize, model.mean and model.std so")
-
-
-def _hash(net: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
