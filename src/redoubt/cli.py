@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; composing and --help must no
     from omegaconf import DictConfig
 
     from redoubt.defenses import RobustModule
+
+_CHOICE = re.compile(r"(defense|base|model|data|attack|optimizer|threat|logger|trainer)=(\w+)")
 
 COMMANDS = {
     "train": "train a cell of the grid, attack the result, record it",
@@ -79,6 +82,8 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
             config.search_path.append(os.path.abspath(argument.split("=", 1)[1]))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing its own many lines
     config.register_resolvers()
+    config.root = command
+    config.chosen[:] = [f"{m[1]}={m[2]}" for m in map(_CHOICE.match, arguments) if m]
 
     codes = [0]
 

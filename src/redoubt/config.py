@@ -25,6 +25,10 @@ _FRACTION = re.compile(r"\s*[-+\d.eE]+\s*/\s*[-+\d.eE]+\s*")
 #: Further folders of configs (``--config-dir``), as the process was started with.
 search_path: list[str] = []
 
+#: The root config of this process's command and the options that it chose: hints are of their keys.
+root: str = "train"
+chosen: list[str] = []
+
 
 def config_dir() -> str:
     """The folder ``conf/``: inside an installed package, else at the top of the source tree."""
@@ -280,7 +284,7 @@ def _first(text: str) -> str:
 def _siblings(key: str) -> str:
     """Near names beside a key that does not exist."""
     try:
-        cfg = compose([])
+        cfg = compose(chosen, root)
         parent, _, leaf = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
         if not isinstance(node, DictConfig):

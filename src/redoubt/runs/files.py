@@ -22,7 +22,7 @@ def cannot_write(path: Path | str, error: BaseException) -> UserError:
     reason = getattr(error, "strerror", None) or str(error)
     return UserError(
         f"cannot write {path}: {reason}; make room or give permission there, "
-        "or choose another folder with paths.outputs=<folder>"
+        "or choose another place (paths.outputs=<folder>, or to=<file> of an export)"
     )
 
 
