@@ -163,6 +163,8 @@ def check(tree: Mapping[str, Any]) -> None:
         value = _at(tree, key)
         if value is not None and as_number(value, key) < least:
             raise UserError(f"{key}={value} must be at least {least:g}")
+    if _at(tree, "awp.warmup") is not None and _at(tree, "awp.rho") is None:
+        raise UserError("awp.warmup needs awp.rho, which switches it on: give it too, as awp.rho=0.005")
     for key in _WHOLE:
         value = _at(tree, key)
         if value is not None and (isinstance(value, bool) or as_number(value, key) != int(as_number(value, key))):

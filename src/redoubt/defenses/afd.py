@@ -55,18 +55,19 @@ class DisentangledHead(nn.Module):
 class AFD(RobustModule):
     """Fine-tunes a natural model: disentangles the non-robust feature, aligns the rest to a frozen teacher's.
 
-    On the crafted examples of one training forward, with f_T the teacher's feature of the clean images (methods 7.4):
+    The terms, on the crafted examples of one training forward, with f_T the teacher's feature of the clean images:
 
     - ``neg``: ``alpha * CE(z2, y')`` with y' the highest-scoring wrong class of z1,
     - ``cos``: ``beta * mean cos(f1, f2)``, signed,
-    - the base's terms on z1 (``at``: ``CE(z1, y)``) and ``align``: ``gamma * (1 - mean cos(f1, f_T))``.
+    - ``align``: ``gamma * (1 - mean cos(f1, f_T))``,
+    - the base's on z1 (``at``: ``CE(z1, y)``); with ``align`` they are L_rob.
 
     ``update="accumulated"`` is the authors' (methods 7.5): three optimizers with momentum and decay of their own, whose
-    gradients accumulate; all are taken at the same weights, where their code, in the PyTorch that it needs, takes
-    the last ones at weights already moved. D2 gets the gradient of neg; then the backbone, D1 and the classifier step
-    along ``cos`` (the classifier along neg), then again along ``cos + rest`` (the classifier along ``neg + rest``).
+    gradients accumulate. D2 steps along neg; then backbone and D1 along cos and the classifier along neg; then backbone
+    and D1 along ``cos + L_rob`` and the classifier along ``neg + L_rob``. Here all gradients are taken at the same
+    weights; their code, in the old PyTorch that it needs, takes the last ones after the second step.
 
-    ``update="joint"`` is one step of one optimizer: D2 along neg, all else along ``cos + rest``; neg trains D2 alone.
+    ``update="joint"`` is one step of one optimizer: D2 along neg, all else along ``cos + L_rob``; neg trains D2 alone.
 
     Student and teacher are the same net at the start (``start_from``); from scratch the teacher is the untrained net.
     ``deployed`` is the plain backbone with the classifier ``W D1``.
@@ -179,6 +180,7 @@ class AFD(RobustModule):
         self.step((optimizers[0], d2, neg[:1]), (optimizers[1], theta, second), (optimizers[2], theta, third))
 
     def configure_optimizers(self) -> list[Any]:
+        """In the order of their steps; the second and the third move the same parameters."""
         d2, classifier, body = self.shares()
         if self.joint:
             return [self.optimizer_of(d2 + body + classifier)]

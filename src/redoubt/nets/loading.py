@@ -65,6 +65,9 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             f"{origin}: of another net: {'; '.join(differences[:3])} ({len(differences)} keys differ, the net has "
             f"{len(own)}): choose the model, its options and the data (number of classes) of those weights"
         )
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{origin}: {key} holds values that are not finite: take weights from before that")
     net.load_state_dict(state)
 
 

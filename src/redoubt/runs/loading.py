@@ -32,7 +32,7 @@ def load(
     Args:
         source: A run, its folder or name, one of its checkpoint files, or a .safetensors file of ``export``.
         checkpoint: ``last`` or ``best``, where ``source`` is a run.
-        weights: ``student`` or ``ema``; what the run's config evaluates where None.
+        weights: ``student``, ``ema`` or (CURE) ``revision``; what the run's config evaluates where None.
         outputs: The store in which names are looked up.
 
     Raises:

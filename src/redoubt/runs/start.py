@@ -17,7 +17,7 @@ from redoubt.data import ImageData
 from redoubt.errors import UserError
 from redoubt.nets import Backbone, load_backbone, load_weights
 from redoubt.runs.identity import identity, plain
-from redoubt.runs.loading import load, weights_hash
+from redoubt.runs.loading import load, read_checkpoint, weights_hash
 from redoubt.runs.store import Run, Store, readable_name
 
 
@@ -63,12 +63,15 @@ def starting_point(cfg: DictConfig, data: ImageData, fingerprint: str | None = N
     try:
         return _given(str(wanted), cfg, store)
     except UserError as error:
-        raise UserError(f"defense.pretrained={wanted}: {error}") from error
+        text = str(error).removeprefix(f"{wanted}: ")
+        raise UserError(f"defense.pretrained={wanted}: {text}") from error
 
 
 def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
     file = Path(wanted).expanduser()
     if not file.is_file():
+        if file.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
+            raise UserError("no such file")
         try:
             run = store.find(wanted)
         except UserError as error:
@@ -77,13 +80,36 @@ def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
     else:
         run = Run(file.resolve().parent.parent)
         if not run.exists() or file.resolve() != run.last.resolve():
-            net = _fresh(cfg)
-            load_backbone(net, file)
-            _same_first_layer(net, _fresh(cfg), file)
+            net = _of_file(file, cfg, run)
             return Start(weights_hash(net), file.name, net=net)
     if run.status["state"] != "done":
         raise UserError(f"run {run.name} is {run.status['state']}: let it finish first")
     return Start(run.hash, run.name, run=run)
+
+
+def _of_file(file: Path, cfg: DictConfig, run: Run) -> nn.Module:
+    """The config's net with a file's weights: of our checkpoints those that are evaluated, wherever they lie."""
+    net = _fresh(cfg)
+    found: nn.Module = net
+    if run.exists():
+        found = load(file).deployed()
+        load_weights(net, found.state_dict(), str(file))
+    elif (ours := _our_weights(file)) is not None:
+        load_weights(net, ours, f"{file}: a checkpoint of ours; if its defense changes the net, give its run instead")
+    else:
+        load_backbone(net, file)
+    _same_first_layer(found, _fresh(cfg), file)
+    return net
+
+
+def _our_weights(file: Path) -> dict[str, torch.Tensor] | None:
+    """The net of a checkpoint of ours, averaged where it is; None where the file is none."""
+    try:
+        content = read_checkpoint(file)
+    except UserError:
+        return None
+    student = {k[4:]: t for k, t in content["state_dict"].items() if k.startswith("net.")}
+    return student | (content["redoubt"]["ema"] or {})
 
 
 def trained_net(start: Start, cfg: DictConfig) -> nn.Module:
@@ -128,8 +154,13 @@ def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
     choices = [f"{axis}={cfg.axes[axis]}" for axis in ("model", "data", "attack")]
     try:
         twin = config.compose([*choices, f"defense={defense}", f"base={base}", *own])
+        twin = _as_the_cell(twin, cfg)
     except UserError as error:
         raise UserError(f"natural.{error}" if own else str(error)) from error
+    return twin
+
+
+def _as_the_cell(twin: DictConfig, cfg: DictConfig) -> DictConfig:
     for key in ("model", "data", "threat", "attack", "validation", "paths", "logger", "runs"):
         OmegaConf.update(twin, key, cfg[key], merge=False)
     for key in ("seed", "compile", "channels_last"):
