@@ -66,7 +66,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for key in ra.keys() - {"images_per_second"}:
         assert float(ra[key]) == pytest.approx(float(rb[key]), rel=1e-4, abs=1e-6), key
     # one table, from rank 0
-    assert two.out.count("PGD-20") == one.out.count("PGD-20") == 1
+    assert two.out.count("│ PGD-20") == one.out.count("│ PGD-20") == 1
     # one checkpoint, attacked by two processes in training's wake and now by one
     stored = verdicts(a)
     shutil.rmtree(a.eval)

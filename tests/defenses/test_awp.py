@@ -374,7 +374,7 @@ def test_before_its_warmup_nothing_changes_and_after_it_much(defense, monkeypatc
 
 @pytest.mark.parametrize("rho", ["null", "0"])
 def test_without_rho_it_is_off(rho):
-    module = build(f"awp.rho={rho}", "awp.warmup=1", defense="none")
+    module = build(f"awp.rho={rho}", defense="none")
     assert module.awp is None
     assert not module.perturbs
 
@@ -394,3 +394,8 @@ def test_bad_values_are_one_line(override):
 def test_it_is_off_unless_asked_for():
     assert build(defense="none").awp is None
     assert build(RHO, defense="none").awp.rho == 0.05
+
+
+def test_a_warmup_of_nothing_is_refused():
+    with pytest.raises(UserError, match=r"awp.warmup needs awp.rho"):
+        build("awp.warmup=1", defense="none")

@@ -196,6 +196,18 @@ def test_our_checkpoint_outside_of_its_run(cell: Cell, outputs: Path, tmp_path: 
     )
 
 
+def test_of_our_checkpoints_the_evaluated_weights_wherever_they_lie(cell: Cell, tmp_path: Path) -> None:
+    run = train(cell("base=standard", "inner=none", "ema=wa", "ema.decay=0.9", *SHORT))
+    moved = shutil.copy(run.last, tmp_path / "moved.ckpt")
+    found = [
+        begun(cell("defense=none", "base=at", *SHORT, f"defense.pretrained={at}")).net.state_dict()
+        for at in (run.name, run.last, moved)
+    ]
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+    assert not same(found[0], load(run, weights="student").net.state_dict())
+
+
 def test_an_adversarially_trained_run_is_a_start_too(cell: Cell) -> None:
     """Of a run the weights that it evaluates: AFD's averaged ones, with D1 merged."""
     first = train(cell("defense=afd", *SHORT))
@@ -207,7 +219,9 @@ def test_an_adversarially_trained_run_is_a_start_too(cell: Cell) -> None:
     ("wanted", "says"),
     [
         ("nothing", "no such run"),
-        ("/no/such/file.pt", "no folder of a run"),
+        ("/no/such/file.pt", "no such file"),
+        ("/no/such/folder", "no folder of a run"),
+        ("{spoilt}", "conv1.weight holds values that are not finite"),
         ("{empty}", "the file is empty"),
         ("{other}", r"conv1.weight is \[8, 3, 3, 3\], the net wants \[4, 3, 3, 3\]; .*; .* keys differ"),
         ("{unfinished}", "is created: let it finish first"),
@@ -219,6 +233,10 @@ def test_what_cannot_be_a_start_is_one_line(cell: Cell, tmp_path: Path, wanted: 
         "empty": tmp_path / "empty.pt",
         "other": written(build_module(cell("model.widths=[8,4,8,8]")).net, tmp_path, "plain"),
     }
+    spoilt = build_module(cell(*SHORT)).net
+    spoilt.conv1.weight.data[0, 0, 0, 0] = float("nan")
+    (tmp_path / "spoilt").mkdir()
+    places["spoilt"] = written(spoilt, tmp_path / "spoilt", "plain")
     if "unfinished" in wanted:
         other = cell("seed=9")
         run = Store(other.paths.outputs).open(other.axes, 9, "0123456789", {})

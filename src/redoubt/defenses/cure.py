@@ -66,8 +66,8 @@ class CURE(RobustModule):
         gamma: Weight of the consistency with the revision model.
         beta: Of ``loss="rgp_soft"``.
         rate: Probability r that the revision model moves in a step.
-        rate_decay: ``none``; ``linear``: r falls to 0 at the end; ``halving``: r is halved in every step after
-            epoch 100 (authors' option).
+        rate_decay: ``none``; ``linear``: r falls to 0 at the end; ``halving``: r is halved in every step of
+            the second half of the epochs (authors' option: after epoch 100 of 200).
         decay: d.
         decay_warmup: Take ``min(1 - 1/(k+1), d)`` in step k = 1, 2, ... (authors' code).
         warmup_epochs: Epochs of plain training on clean images in the same run before all this begins (CURE_Eff); the
@@ -118,7 +118,7 @@ class CURE(RobustModule):
             if not 0 <= numbers[name] <= most:
                 raise UserError(f"defense.{name}={numbers[name]:g} must lie in [0, {most:g}]")
         if numbers["percentile"] == 100:
-            raise UserError("defense.percentile=100 would conserve everything: take less")
+            raise UserError("defense.percentile=100 would conserve everything: take less than 100")
         if not isinstance(decay_warmup, bool):
             raise UserError(f"defense.decay_warmup={decay_warmup!r} must be true or false")
         super().__init__(net=net, **rest)
@@ -171,7 +171,8 @@ class CURE(RobustModule):
             length = self.schedule.max_epochs * self.steps_per_epoch - self.warmup_steps
             return max(0.0, 1 - (self.steps_done - self.warmup_steps) / length)
         if self.rate_decay == "halving":
-            return 0.5 ** min(max(0, self.steps_done + 1 - 100 * self.steps_per_epoch), 1000)
+            half = self.schedule.max_epochs // 2 * self.steps_per_epoch
+            return 0.5 ** min(max(0, self.steps_done + 1 - half), 1000)
         return 1.0
 
     @property
@@ -227,8 +228,6 @@ class CURE(RobustModule):
         if self.warming:
             super().update(x, adv, y)
             return
-        if self.warmup_steps and self.steps_done == self.warmup_steps:
-            self.revision.load_state_dict(self.net.state_dict())
         if self.loss_kind == "base":
             self.move_revision()
         params, named = self.trained(), dict(self.net.named_parameters())
@@ -259,7 +258,10 @@ class CURE(RobustModule):
             self.step((optimizer, params, gradient))
 
     def after_step(self) -> None:
-        if self.loss_kind != "base" and not self.warming:
+        if self.warming:  # until they part, the revision model is the student
+            copies, originals = (list(net.state_dict().values()) for net in (self.revision, self.net))
+            torch._foreach_copy_(copies, originals)
+        elif self.loss_kind != "base":
             self.move_revision()
         super().after_step()
 
@@ -305,7 +307,11 @@ class CURE(RobustModule):
         return []
 
     def note_updates(self, conserved: Iterable[Tensor]) -> None:
-        """The share of each tensor that the mask lets through, for the log of the first and the last epoch."""
+        """The share of each tensor that the mask lets through, for the log of the first and the last epoch.
+
+        Not what moves: with ``freeze="gradient"`` that is nearly everything. More than ``1 - percentile`` passes where
+        scores tie at the threshold, as those of entries without any gradient do.
+        """
         epoch = self.steps_done // self.steps_per_epoch
         if epoch in (math.ceil(self.warmup_epochs), self.schedule.max_epochs - 1):
             for name, mask in zip(self.masked, conserved, strict=True):
@@ -332,7 +338,7 @@ class CURE(RobustModule):
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
-        if self.weights != "revision" or self.warming:  # until then the revision model is nobody's
+        if self.weights != "revision":
             with super().evaluated_weights():
                 yield
             return
@@ -398,6 +404,11 @@ def masked_names(net: nn.Module, exempt: Sequence[str], given: bool = True) -> l
                 raise UserError(f"defense.exempt={entry!r} fits no parameter of this net, such as {names[0]}")
         out |= found
     left = [name for name in names if name not in out]
+    if not left and not given:
+        raise UserError(
+            f"defense.criterion: of this net no parameter is conserved by default (never masked: {', '.join(exempt)}): "
+            f"say what is not to be by defense.exempt, as [stem,classifier]"
+        )
     if not left:
         raise UserError(f"defense.exempt={list(exempt)} leaves nothing of this net to be conserved: name less")
     return left

@@ -105,11 +105,17 @@ def _results(
         "weights": facts["weights"],
         "n": len(verdicts["natural"]),
         "metrics": metrics,
-        "nrr": {k: nrr(natural, float(metrics[k]["accuracy"])) for k in ("cw", "autoattack") if k in metrics},
+        "nrr": {k: nrr(natural, float(metrics[k]["accuracy"])) for k in _robust(metrics)},
         "train_seconds": facts["train_seconds"],
         "eval_seconds": seconds,
         "audited": False,
     }
+
+
+def _robust(metrics: Mapping[str, Any]) -> list[str]:
+    """Which accuracies NRR is of: C&W and AutoAttack, as CURE's tables; where neither is there, the last attack."""
+    attacks = [name for name in metrics if name not in ("natural", "ensemble")]
+    return [name for name in ("cw", "autoattack") if name in metrics] or attacks[-1:]
 
 
 def _write(

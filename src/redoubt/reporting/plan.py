@@ -63,9 +63,8 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
     }
     if start is not None:
         there = start.run is None or (start.run.exists() and start.run.status["state"] == "done")
-        rows["starts from"] = (
-            start.name if there else f"{start.name}, which will be trained first (plan it: defense=none base=standard)"
-        )
+        first = ", which will be trained first (plan it too: defense=none base=standard)"
+        rows["starts from"] = start.name + ("" if there else first)
     if absent:
         rows["data"] = f"not in {cfg.data.root} yet: will be downloaded"
     table = Table(show_header=False, title="plan: nothing is trained")

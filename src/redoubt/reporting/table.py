@@ -44,6 +44,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
                 "-" if m is None else f"{100 * m['accuracy']:.2f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
             )
         table.add_row(title(metric), *cells, style="bold" if metric == "ensemble" else None)
-    for name in first["nrr"]:
-        table.add_row(f"NRR ({title(name)})", *(f"{100 * r['nrr'].get(name, 0):.2f}" for r in results))
+    for name in dict.fromkeys(name for r in results for name in r["nrr"]):
+        values = (f"{100 * r['nrr'][name]:.2f}" if name in r["nrr"] else "-" for r in results)
+        table.add_row(f"NRR ({title(name)})", *values)
     return table
