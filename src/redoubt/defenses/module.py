@@ -107,8 +107,10 @@ class RobustModule(LightningModule):
         if compile:
             # Defenses differentiate one graph for several losses: its backward may not reuse what it has saved. Without
             # a tag, a backward that may, left in the cache by another program, would be taken: with wrong gradients.
-            torch._functorch.config.donated_buffer = False
-            torch.compiler.config.cache_key_tag = "redoubt"
+            from torch._functorch import config as backward
+            from torch.compiler import config as compiler
+
+            backward.donated_buffer, compiler.cache_key_tag = False, "redoubt"
             self.run = torch.compile(self.run)  # type: ignore[method-assign]
 
     # ---- what every attack sees -------------------------------------------------------------------------------
