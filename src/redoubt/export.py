@@ -62,8 +62,7 @@ def export(
         except ImportError:
             raise UserError(f"to={to} needs the package {package}: pip install redoubt[onnx]") from None
     run = Store(outputs).find(source)
-    if run.status["state"] != "done":
-        raise UserError(f"run {run.name} is {run.status['state']}: let it finish first")
+    run.must_be_finished()
     module = load(run, checkpoint=checkpoint, weights=weights)
     net = module.deployed().to(memory_format=torch.contiguous_format)
     facts = {**origin(run, net), "weights": module.weights, "checkpoint": checkpoint}

@@ -94,19 +94,18 @@ def _fast_dev_run(cfg: DictConfig, folder: str) -> dict[str, Any]:
     data = _data(cfg)
     start = running.starting_point(cfg, data)  # a given run lies in the store
     cfg.paths.outputs = folder
-    cells = [cfg]
+    module = build_module(cfg)
+    if start is not None and start.twin is not None:
+        module.start_from(running._fit(start.twin, data, None).deployed())
+    elif start is not None:
+        running.begin(module, start, cfg, data)
+    cells = [(cfg, module)]
     if cfg.evaluation.beside:
-        cells.append(running.twin_config(cfg, defense="none", base=str(cfg.evaluation.beside)))
+        twin = running.twin_config(cfg, defense="none", base=str(cfg.evaluation.beside))
+        cells.append((twin, build_module(twin)))
     results = []
-    for cell in cells:
-        module = None
-        if start is not None and cell is cfg:
-            module = build_module(cfg)
-            if start.twin is not None:
-                module.start_from(running._fit(start.twin, data, None).deployed())
-            else:
-                running.begin(module, start, cfg, data)
-        module = running._fit(cell, data, None, module)
+    for cell, fresh in cells:
+        module = running._fit(cell, data, None, fresh)
         results.append(_judge(module, cell, data, "fast_dev_run", "none", None, int(data.batch_size)))
     _show(results, None)
     return results[0]

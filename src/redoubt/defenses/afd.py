@@ -141,7 +141,7 @@ class AFD(RobustModule):
         z1, (f1, f2, z2) = self.training_logits(adv, "adv")
         with torch.no_grad(), attack_mode(self.teacher):
             taught = self.teach(x)
-        self.tally.add("accuracy_adv", (z1.detach().argmax(1) == y).float().mean(), len(y))
+        self.note_accuracy(z1, y)
         return self.objective.outer(z1, y, clean) | {
             "neg": self.alpha * F.cross_entropy(at_least_float32(z2), wrong_label(z1, y)),
             # The cosine never reaches D2: in the authors' code D2 has stepped before.
@@ -157,6 +157,7 @@ class AFD(RobustModule):
         return d2, classifier, [p for p in self.trained() if id(p) not in apart]
 
     def update(self, x: Tensor, adv: Tensor, y: Tensor) -> None:
+        """All gradients at the same weights, then the steps of ``update``."""
         d2, classifier, body = self.shares()
 
         def losses(*batch: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -199,7 +199,7 @@ class CURE(RobustModule):
         """Training logits of x (where anything wants them) and of adv [B, K], and the terms of the same forwards."""
         clean = self.training_logits(x, "clean")[0] if self.needs_clean else None
         crafted = self.training_logits(adv, "adv")[0]
-        self.tally.add("accuracy_adv", (crafted.detach().argmax(1) == y).float().mean(), len(y))
+        self.note_accuracy(crafted, y)
         terms = self.main_terms(clean, crafted, y)
         if self.gamma:
             assert clean is not None
@@ -225,6 +225,7 @@ class CURE(RobustModule):
         return {"ce": ce(clean, y), "kl": self.beta * kl_per_example(clean, crafted).mean()}
 
     def update(self, x: Tensor, adv: Tensor, y: Tensor) -> None:
+        """Scores, mask, step; plain training while it warms up."""
         if self.warming:
             super().update(x, adv, y)
             return
@@ -238,16 +239,13 @@ class CURE(RobustModule):
             return [*self.scored(clean, crafted, batch[2]), self.noted(terms, len(batch[0]))]
 
         wanted = [*([masked] * self.score_gradients), params]
+        with self.traceless() if self.perturbs else nullcontext():
+            *found, gradient = self.gradients(losses, wanted, x, adv, y)
+        scores = self.scores(found, dict(zip(params, gradient, strict=True)), masked)
         if self.perturbs:
             # Scores belong to the weights as they are; the gradient of the loss there is AWP's ascent.
-            with self.traceless():
-                *found, gradient = self.gradients(losses, wanted, x, adv, y)
-            scores = self.scores(found, dict(zip(params, gradient, strict=True)), masked)
             with self.perturbed(x, adv, y, ascent=gradient):
                 (gradient,) = self.gradients(lambda *batch: [self.loss(*batch)], [params], x, adv, y)
-        else:
-            *found, gradient = self.gradients(losses, wanted, x, adv, y)
-            scores = self.scores(found, dict(zip(params, gradient, strict=True)), masked)
         conserved = {p: score < threshold(score, self.percentile) for p, score in zip(masked, scores, strict=True)}
         for i, (p, g) in enumerate(zip(params, gradient, strict=True)):
             if g is not None and p in conserved:

@@ -192,7 +192,7 @@ class RobustModule(LightningModule):
         """Every training forward of the step: {name: weighted loss}, batch means; their sum is the loss."""
         clean = self.training_logits(x, "clean")[0] if self.objective.needs_clean else None
         logits, sides = self.training_logits(adv, "adv")
-        self.tally.add("accuracy_adv", (logits.detach().argmax(1) == y).float().mean(), len(y))
+        self.note_accuracy(logits, y)
         return self.objective.outer(logits, y, clean) | self.auxiliary(logits, sides, y)
 
     def training_logits(self, x: Tensor, purpose: str) -> tuple[Tensor, Any]:
@@ -243,6 +243,10 @@ class RobustModule(LightningModule):
             self.tally.add(name, value.detach(), count)
         self.watch.loss(loss.detach())
         return loss
+
+    def note_accuracy(self, logits: Tensor, y: Tensor) -> None:
+        """Notes the accuracy on crafted examples for the epoch's log."""
+        self.tally.add("accuracy_adv", (logits.detach().argmax(1) == y).float().mean(), len(y))
 
     def moving_buffers(self) -> list[Tensor]:
         """Floating buffers that training forwards change: BatchNorm's statistics."""

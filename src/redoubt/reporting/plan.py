@@ -62,7 +62,7 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
         "evaluation": f"{cfg.axes.attack}, {test:,} images",
     }
     if start is not None:
-        there = start.run is None or (start.run.exists() and start.run.status["state"] == "done")
+        there = start.run is None or start.run.finished
         first = ", which will be trained first (plan it too: defense=none base=standard)"
         rows["starts from"] = start.name + ("" if there else first)
     if absent:

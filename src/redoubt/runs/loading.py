@@ -89,11 +89,15 @@ def _exported(file: Path) -> RobustModule:
 CONSTANTS = ("normalize.mean", "normalize.std")
 
 
+def constants(net: nn.Module) -> dict[str, Tensor]:
+    """The normalisation's mean and std, where the net has one."""
+    return {k: b for k, b in net.named_buffers() if k in CONSTANTS}
+
+
 def portable_state(net: nn.Module) -> dict[str, Tensor]:
     """The state_dict under the names of the library that the net is from, and the normalisation's constants."""
-    constants = {k: b for k, b in net.named_buffers() if k in CONSTANTS}
     prefix = getattr(net, "key_prefix", "")
-    return constants | {k.removeprefix(prefix): t for k, t in net.state_dict().items()}
+    return constants(net) | {k.removeprefix(prefix): t for k, t in net.state_dict().items()}
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -51,7 +51,7 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
     store = Store(cfg.paths.outputs)
     rank, _ = ranks()
     run = Run(store.folder / f"{readable_name(cfg.axes, cfg.seed)}-{digest}")
-    finished = broadcast(run.exists() and run.status["state"] == "done")
+    finished = broadcast(run.finished)
     module = None if finished else build_module(cfg)  # what its constructors refuse leaves no run behind
     if module is not None and start is not None and not broadcast(run.last.is_file()):
         begin(module, start, cfg, data)
@@ -78,7 +78,7 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
 def begin(module: RobustModule, start: Start, cfg: DictConfig, data: ImageData) -> None:
     """Puts trained weights into a fresh module; the natural run is made first where there is none."""
     if start.twin is not None:
-        there = broadcast(start.run is not None and start.run.exists() and start.run.status["state"] == "done")
+        there = broadcast(start.run is not None and start.run.finished)
         note(f"defense.pretrained=auto: natural run {start.name} is {'in the store' if there else 'trained first'}")
         train(start.twin, data)
     else:

@@ -17,7 +17,7 @@ from redoubt.data import ImageData
 from redoubt.errors import UserError
 from redoubt.nets import Backbone, load_backbone, load_weights
 from redoubt.runs.identity import identity, plain
-from redoubt.runs.loading import load, read_checkpoint, weights_hash
+from redoubt.runs.loading import CONSTANTS, constants, load, read_checkpoint, weights_hash
 from redoubt.runs.store import Run, Store, readable_name
 
 
@@ -82,23 +82,29 @@ def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
         if not run.exists() or file.resolve() != run.last.resolve():
             net = _of_file(file, cfg, run)
             return Start(weights_hash(net), file.name, net=net)
-    if run.status["state"] != "done":
-        raise UserError(f"run {run.name} is {run.status['state']}: let it finish first")
+    run.must_be_finished()
     return Start(run.hash, run.name, run=run)
 
 
 def _of_file(file: Path, cfg: DictConfig, run: Run) -> nn.Module:
     """The config's net with a file's weights: of our checkpoints those that are evaluated, wherever they lie."""
-    net = _fresh(cfg)
-    found: nn.Module = net
     if run.exists():
-        found = load(file).deployed()
-        load_weights(net, found.state_dict(), str(file))
-    elif (ours := _our_weights(file)) is not None:
+        return _of_run(file, cfg, str(file), str(file))
+    net = _fresh(cfg)
+    if (ours := _our_weights(file)) is not None:
         load_weights(net, ours, f"{file}: a checkpoint of ours; if its defense changes the net, give its run instead")
-    else:
-        load_backbone(net, file)
-    _same_first_layer(found, _fresh(cfg), file)
+        return net
+    own = constants(net)
+    load_backbone(net, file)  # which may put the file's normalisation first
+    _same_first_layer(constants(net), own, str(file))
+    return net
+
+
+def _of_run(source: Path | Run, cfg: DictConfig, origin: str, name: str) -> nn.Module:
+    """The config's net with the weights that a run, or one of its checkpoints, evaluates."""
+    net, found = _fresh(cfg), load(source).deployed()
+    load_weights(net, found.state_dict(), origin)
+    _same_first_layer(constants(found), constants(net), name)
     return net
 
 
@@ -121,10 +127,8 @@ def trained_net(start: Start, cfg: DictConfig) -> nn.Module:
     if start.net is not None:
         return start.net
     assert start.run is not None
-    net, found = _fresh(cfg), load(start.run).deployed()
-    load_weights(net, found.state_dict(), f"defense.pretrained: run {start.run.name}")
-    _same_first_layer(found, net, f"run {start.run.name}")
-    return net
+    name = f"run {start.run.name}"
+    return _of_run(start.run, cfg, f"defense.pretrained: {name}", name)
 
 
 def _fresh(cfg: DictConfig) -> Backbone:
@@ -133,11 +137,10 @@ def _fresh(cfg: DictConfig) -> Backbone:
         return make(plain(cfg.model), "model")
 
 
-def _same_first_layer(found: nn.Module, own: nn.Module, origin: object) -> None:
+def _same_first_layer(found: dict[str, torch.Tensor], own: dict[str, torch.Tensor], origin: str) -> None:
     """Refuses weights that were trained behind another normalisation than the config's."""
-    a, b = (dict(net.named_buffers()) for net in (found, own))
-    for name in ("normalize.mean", "normalize.std"):
-        mine, theirs = b.get(name), a.get(name)
+    for name in CONSTANTS:
+        mine, theirs = own.get(name), found.get(name)
         if mine is None and theirs is None:
             continue
         if mine is None or theirs is None or not torch.allclose(mine, theirs):

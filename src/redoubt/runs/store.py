@@ -75,6 +75,16 @@ class Run:
         except OSError:  # a name too long, a folder that may not be entered
             return False
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run is there and its training is done."""
+        return self.exists() and self.status["state"] == "done"
+
+    def must_be_finished(self) -> None:
+        """Refuses a run whose weights may still change."""
+        if self.status["state"] != "done":
+            raise UserError(f"run {self.name} is {self.status['state']}: let it finish first")
+
     def config(self) -> dict[str, Any]:
         """The config as plain containers; nothing in it is interpolated or instantiated."""
         try:
