@@ -90,7 +90,7 @@ NAMES: list[tuple[list[str], list[str]]] = [
     (["base=trade"], ["base=trade", "did you mean trades"]),
     (["model=resnet"], ["model=resnet", "resnet18"]),
     (["data=svvhn"], ["data=svvhn", "did you mean svhn"]),
-    (["attack=pgd"], ["attack=pgd", "pgd20"]),
+    (["attack=pgd2"], ["attack=pgd2", "pgd20"]),
     (["schedule=nope"], ["schedule=nope", "cosine"]),
     (["optimizer=sdg"], ["optimizer=sdg", "sgd"]),
     (["trainer=cppu"], ["trainer=cppu", "cpu"]),
@@ -393,7 +393,7 @@ def test_eval_cannot_change_what_a_run_is(shell: Shell, finished: Run) -> None:
 
 def test_bad_eval_of_a_run_leaves_it_alone(shell: Shell, finished: Run) -> None:
     before = content(finished.folder)
-    for wrong in ("attack.eps=7", "attack=pgd", "evaluation.checkpoint=best", "evaluation.weights=ema"):
+    for wrong in ("attack.eps=7", "attack=pgd2", "evaluation.checkpoint=best", "evaluation.weights=ema"):
         refused(shell("eval", f"run={finished.name}", wrong))
     assert content(finished.folder) == before
 

@@ -288,7 +288,8 @@ ELSEWHERE = {
     "compile", "channels_last", "data.num_classes", "model.num_classes", "model.mean", "model.std", "data.source",
     "base.label_smoothing", "trainer.sync_batchnorm", "trainer.deterministic", "trainer.fast_dev_run",
     "evaluation.weights", "logger.project", "logger.offline", "attack.norm", "attack.ensemble", "attack.attacks",
-    "natural", "plan", "run", "checkpoint", "to", "defense.pretrained",
+    "natural", "plan", "run", "checkpoint", "to", "defense.pretrained", "rescore", "evaluation.save",
+    "evaluation.skip_broken",
 }  # fmt: skip
 
 

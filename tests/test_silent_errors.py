@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from redoubt import jobs
 from redoubt.build import build_data, locate
 from redoubt.errors import UserError
+from redoubt.evaluation.suite import Suite
 from redoubt.evaluation.verdicts import judge
 from redoubt.reporting.plan import show_plan
 from redoubt.runs import running
@@ -62,7 +63,7 @@ def test_logits_that_are_not_finite_are_wrong_not_class_0(cell: Cell) -> None:
             p.fill_(float("nan"))
     images, labels = build_data(cfg).arrays("test")
     assert (labels == 0).any()
-    found = judge(module, images, labels, {}, chunk=4, seed=0, device=torch.device("cpu"), progress=False)
+    found = judge(module, images, labels, Suite(), chunk=4, seed=0, device=torch.device("cpu"), progress=False)
     assert not found["natural"].any()
 
 

@@ -10,7 +10,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from redoubt import config
-from redoubt.errors import UserError
+from redoubt.errors import CheckFailed, UserError, did_you_mean
 
 if TYPE_CHECKING:  # torch takes seconds to import; composing and --help must not wait for it
     from omegaconf import DictConfig
@@ -62,7 +62,7 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
         print("\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items()))
         print("\nredoubt COMMAND --help shows a command's keys and groups.")
         return 0
-    raise UserError(f"{command!r} is no command{config.did_you_mean(command, list(COMMANDS))}")
+    raise UserError(f"{command!r} is no command{did_you_mean(command, list(COMMANDS))}")
 
 
 def _hydra(command: str, arguments: list[str], debug: bool) -> int:
@@ -158,7 +158,7 @@ def _report(error: BaseException, debug: bool) -> int:
         traceback.print_exception(error)
     if line is not None:
         print(f"redoubt: {line}", file=sys.stderr)
-    return 1 if line is None else 2
+    return 1 if line is None else 3 if isinstance(error, CheckFailed) else 2
 
 
 if __name__ == "__main__":

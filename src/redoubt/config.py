@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from redoubt.errors import UserError
+from redoubt.errors import UserError, did_you_mean
 from redoubt.units import as_number
 
 #: The axes of the grid, each a config group.
@@ -152,6 +151,8 @@ def check(tree: Mapping[str, Any]) -> None:
         norm = section.get("norm", tree["threat"]["norm"])
         if norm not in ("linf", "l2"):
             raise UserError(f"{owner}.norm={norm!r} is not known: take linf or l2")
+        if owner == "attack" and section["eps"] is None:  # corruptions
+            continue
         eps = section["eps"] = as_number(section["eps"], f"{owner}.eps")
         largest = 1.0 if norm == "linf" else (3.0 * size * size) ** 0.5
         if not 0.0 <= eps <= largest:
@@ -174,12 +175,22 @@ def check(tree: Mapping[str, Any]) -> None:
     for key, choices in _CHOICES.items():
         value = _at(tree, key)
         if value not in choices:
-            raise UserError(f"{key}={value!r} is not known: take {' or '.join(choices)}")
+            raise UserError(f"{key}={value!r} is not known: take {' or '.join(_shown(c) for c in choices)}")
+    if tree["evaluation"].get("skip_broken"):
+        if not tree["attack"].get("ensemble"):
+            raise UserError("evaluation.skip_broken=true leaves only the Ensemble: give attack.ensemble=true too")
+        if tree["evaluation"].get("save"):
+            raise UserError("evaluation.skip_broken=true has no example of what it skips: leave evaluation.save out")
     if tree["model"].get("num_classes") not in (None, tree["data"]["num_classes"]):
         raise UserError(
             f"model.num_classes={tree['model']['num_classes']}, but data.num_classes={tree['data']['num_classes']}: "
             "leave model.num_classes out, it follows the data"
         )
+
+
+def _shown(value: Any) -> str:
+    """A value as yaml writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -224,15 +235,17 @@ _WHOLE = (
     "validation.every",
     "validation.steps",
 )
-_CHOICES: dict[str, list[str]] = {
+_CHOICES: dict[str, list[Any]] = {
     "runs.keep": ["weights", "all"],
     "evaluation.checkpoint": ["last", "best"],
+    "evaluation.save": [None, "float32", "uint8"],
+    "evaluation.skip_broken": [False, True],
 }
 
 
 def top_level_keys() -> set[str]:
     """Every key that the root configs and their groups write."""
-    keys = {"axes", "run", "checkpoint"}
+    keys = {"axes", "run", "checkpoint", "rescore"}
     for name in ("train", "eval"):
         root = OmegaConf.load(Path(config_dir()) / f"{name}.yaml")
         assert isinstance(root, DictConfig)
@@ -241,15 +254,6 @@ def top_level_keys() -> set[str]:
             if isinstance(entry, DictConfig):
                 keys |= {str(k) for k in entry if " " not in str(k)}
     return keys
-
-
-def did_you_mean(word: str, known: Iterator[str] | set[str] | Sequence[str]) -> str:
-    """ ": did you mean ...?" with the nearest names, or the list of them where none is near."""
-    names = sorted(map(str, known))
-    near = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
-    if near:
-        return f": did you mean {' or '.join(near)}? There are {', '.join(names)}"
-    return f": there are {', '.join(names)}" if names else ""
 
 
 def explain(error: BaseException) -> str:

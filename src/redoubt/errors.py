@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake that its user can mend.
@@ -12,3 +15,16 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class CheckFailed(UserError):
+    """A check that was asked for has failed: the command line ends with exit code 3."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ ": did you mean ...?" with the nearest names, or the list of them where none is near."""
+    names = sorted(map(str, known))
+    near = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
+    if near:
+        return f": did you mean {' or '.join(near)}? There are {', '.join(names)}"
+    return f": there are {', '.join(names)}" if names else ""

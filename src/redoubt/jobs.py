@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,21 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from redoubt import config
-from redoubt.build import build_data, build_module, make
+from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
-from redoubt.errors import UserError
-from redoubt.evaluation.record import evaluate
+from redoubt.errors import CheckFailed, UserError
+from redoubt.evaluation.record import Source, evaluate
+from redoubt.evaluation.rescore import objections, rescore
+from redoubt.evaluation.suite import suite
 from redoubt.export import export
 from redoubt.nets import load_backbone
-from redoubt.reporting.table import results_table
+from redoubt.reporting.table import rescored_table, results_table
 from redoubt.runs import running
+from redoubt.runs.files import read_json
 from redoubt.runs.identity import canonical, plain
-from redoubt.runs.store import Store
+from redoubt.runs.loading import load
+from redoubt.runs.store import Run, Store
 from redoubt.training.distributed import leave, ranks, started_by_launcher
 from redoubt.training.trainer import accelerator, devices, make_trainer
 
@@ -66,8 +72,8 @@ def train(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
     if cfg.trainer.fast_dev_run:
         with tempfile.TemporaryDirectory() as folder:
             return _fast_dev_run(cfg, folder)
-    _check_evaluation(cfg)
     data = _data(cfg)
+    _check_evaluation(cfg, data)
     run = running.train(cfg, data)
     results = [running.evaluate_run(cfg, data, run)]
     if cfg.evaluation.beside:
@@ -77,12 +83,11 @@ def train(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
     return results[0]
 
 
-def _check_evaluation(cfg: DictConfig) -> None:
+def _check_evaluation(cfg: DictConfig, data: ImageData) -> None:
     """What would make the evaluation impossible is said before the training, not after it."""
-    if not isinstance(cfg.attack.get("attacks"), DictConfig):
-        raise UserError("attack.attacks must map names to attacks")
-    for key, section in plain(cfg.attack.attacks).items():
-        make(section, f"attack.attacks.{key}")
+    chosen = suite(plain(cfg.attack))
+    if chosen.on_source and str(cfg.attack.get("source") or "auto") != "auto":
+        running.transfer_source(cfg, data)
     if cfg.evaluation.checkpoint == "best" and not cfg.data.val_fraction:
         raise UserError("evaluation.checkpoint=best needs a validation split: set data.val_fraction, as to 0.02")
     if cfg.evaluation.beside:
@@ -106,9 +111,15 @@ def _fast_dev_run(cfg: DictConfig, folder: str) -> dict[str, Any]:
     results = []
     for cell, fresh in cells:
         module = running._fit(cell, data, None, fresh)
-        results.append(_judge(module, cell, data, "fast_dev_run", "none", None, int(data.batch_size)))
+        source = functools.partial(_source_of_one_batch, cell, data)
+        results.append(_judge(module, cell, data, "fast_dev_run", "none", None, int(data.batch_size), source))
     _show(results, None)
     return results[0]
+
+
+def _source_of_one_batch(cfg: DictConfig, data: ImageData) -> Source:
+    twin = running.twin_config(cfg, defense="none", base="standard")
+    return Source(running._fit(twin, data, None).eval(), "fast_dev_run")
 
 
 def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
@@ -119,17 +130,49 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         raise UserError("trainer.fast_dev_run=true is for train; for a quick look take data.limit_test=100")
     if cfg.run is not None:
         run = Store(cfg.paths.outputs).find(str(cfg.run))
+        if cfg.rescore is not None:
+            return _rescore(run, cfg, overrides)
         cfg = of_run(run.config(), cfg, overrides)
-        results = running.evaluate_run(cfg, _data(cfg), run)
+        data = _data(cfg)
+        _check_evaluation(cfg, data)
+        results = running.evaluate_run(cfg, data, run)
         _show([results], run.folder)
         return results
     data = _data(cfg)
+    _check_evaluation(cfg, data)
     module = build_module(cfg)
     load_backbone(module.net, Path(str(cfg.checkpoint)))
     folder = Path(cfg.paths.outputs) / "eval"
     results = _judge(module, cfg, data, Path(str(cfg.checkpoint)).stem, str(cfg.checkpoint), folder)
     _show([results], folder / results["evaluation"])
     return results
+
+
+def _rescore(run: Run, cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """Classifies the saved examples of one of a run's evaluations anew."""
+    names = [folder.name for folder, _ in run.evaluations()]
+    wanted = Path(str(cfg.rescore)).name
+    found = [name for name in names if name == wanted] or [name for name in names if name.startswith(wanted)]
+    if len(found) != 1:
+        raise UserError(f"rescore={cfg.rescore}: names {len(found)} evaluations of this run; it has {', '.join(names)}")
+    folder = run.eval / found[0]
+    results = read_json(folder / "results.json") or {}
+    said = [o for o in overrides if not o.startswith("attack")]
+    if not any(o.startswith("data.limit_test=") for o in said):
+        limit = (read_json(folder / "attack.json") or {}).get("limit_test")
+        cfg.data.limit_test = limit
+        said.append(f"data.limit_test={limit}")
+    cfg = of_run(run.config(), cfg, said)
+    device = running.compute_device(cfg)
+    module = load(run, checkpoint=results["checkpoint"], weights=results["weights"]).to(device)
+    scores = rescore(
+        module, _data(cfg), folder, batch=int(cfg.evaluation.chunk), device=device, progress=bool(cfg.trainer.progress)
+    )
+    console.print(rescored_table(scores, found[0]))
+    wrong = objections(scores)
+    if wrong:
+        raise CheckFailed(f"{folder}: {'; '.join(wrong)}")
+    return scores
 
 
 def _judge(
@@ -140,17 +183,27 @@ def _judge(
     checkpoint: str,
     folder: Path | None,
     limit: int | None = None,
+    source: Callable[[], Source] | None = None,
 ) -> dict[str, Any]:
     """Attacks weights that belong to no stored run."""
     axes = {**{k: cfg.axes[k] for k in config.AXES}, "seed": cfg.seed}
     facts = {"run": name, "axes": axes, "checkpoint": checkpoint, "weights": "student", "train_seconds": None}
     device = running.compute_device(cfg)
+    source = (lambda: running.transfer_source(cfg, data)) if source is None else source
     # The same weights are another function in another net: with another normalisation, tau, ...
     net = canonical({"model": cfg.model, "defense": cfg.defense})
     weights_id = f"{running.weights_hash(module)} {json.dumps(net, sort_keys=True)}"
     module = module.to(device).eval()
     return evaluate(
-        module, data, plain(cfg), facts=facts, weights_id=weights_id, folder=folder, limit=limit, device=device
+        module,
+        data,
+        plain(cfg),
+        facts=facts,
+        weights_id=weights_id,
+        folder=folder,
+        source=source,
+        limit=limit,
+        device=device,
     )
 
 

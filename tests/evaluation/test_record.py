@@ -105,7 +105,7 @@ def test_a_stored_evaluation_is_answered(again: Any, monkeypatch: pytest.MonkeyP
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(record, "judge", never)
+    monkeypatch.setattr(record, "Judge", never)
     run, first = again()
     before = {p: p.read_bytes() for p in run.eval.rglob("*") if p.is_file()}
     assert again()[1] == first

@@ -35,9 +35,9 @@ class Linf:
         return gradient.sign()
 
     def projection(self, x: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
-        # The box and the pixel range are both intervals: one clamp to their intersection does both.
-        low, high = (x - eps).clamp_(0.0, 1.0), (x + eps).clamp_(0.0, 1.0)
-        return lambda adv: adv.clamp_(min=low, max=high)
+        # The difference is clamped, not the point: so do the papers' codes and torchattacks, and the bits are theirs.
+        low, high = (torch.as_tensor(e, dtype=x.dtype, device=x.device) for e in (-eps, eps))
+        return lambda adv: adv.sub_(x).clamp_(low, high).add_(x).clamp_(0.0, 1.0)
 
     def uniform(self, shape: Sequence[int], generator: torch.Generator | None, like: Tensor) -> Tensor:
         u = torch.rand(*shape, generator=generator, device=like.device, dtype=like.dtype)

@@ -113,6 +113,7 @@ class PGD:
         eps: PerExample | None = None,
         step_size: PerExample | None = None,
         steps: int | Tensor | None = None,
+        first: Tensor | None = None,
     ) -> Tensor:
         """Adversarial examples for x.
 
@@ -123,6 +124,8 @@ class PGD:
             start: Where to begin; ``start_point(x)`` where None.
             eps, step_size: In pixel units, one number or one per example [B].
             steps: One number, or one per example [B] (read once from the device).
+            first: Gradient of the loss at the start, where it is known: spares one pass. Not with ``keep_best`` or a
+                loss that says done.
 
         Returns:
             Detached examples [B, C, H, W] in the ball and in [0, 1].
@@ -138,7 +141,10 @@ class PGD:
         spent: Tensor | None = None  # steps begun while done
         best = _Best() if self.keep_best else None
         for k in range(int(steps.max()) if isinstance(steps, Tensor) else steps):
-            loss, done, gradient = _ascend(loss_of_x, adv)
+            if k == 0 and first is not None:
+                gradient, done = first, None
+            else:
+                loss, done, gradient = _ascend(loss_of_x, adv)
             if best is not None:
                 best.see(adv, loss, done)
             moved = project(adv + step_size * self.ball.direction(gradient))

@@ -1,3 +1,1 @@
 """Verdicts per example: which test images a net still gets right under which attack."""
-
-from redoubt.evaluation.whitebox import WhiteBox as WhiteBox

@@ -5,21 +5,31 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from redoubt.build import make
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
-from redoubt.evaluation.verdicts import accuracies, ensemble, judge, nrr
+from redoubt.errors import UserError
+from redoubt.evaluation.kept import Kept
+from redoubt.evaluation.suite import Suite, suite
+from redoubt.evaluation.verdicts import Judge, accuracies, nrr
 from redoubt.runs.files import read_json, write_bytes, write_json
 from redoubt.runs.identity import canonical
 from redoubt.training.distributed import ranks
+
+
+@dataclass(frozen=True)
+class Source:
+    """The net that transfer attacks are crafted on, and what stands for its weights."""
+
+    module: RobustModule
+    identity: str
 
 
 def evaluate(
@@ -30,6 +40,7 @@ def evaluate(
     facts: Mapping[str, Any],
     weights_id: str,
     folder: Path | None,
+    source: Callable[[], Source] | None = None,
     limit: int | None = None,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -42,36 +53,54 @@ def evaluate(
         facts: What results.json says of the run: run, axes, checkpoint, weights, train_seconds.
         weights_id: Stands for the very weights (their file's hash).
         folder: The ``eval`` folder; None stores nothing.
+        source: Finds or makes the net of transfer attacks, if the suite has any.
         limit: First so many test examples only.
         device: Where to compute.
 
     Returns:
         The contents of results.json.
     """
-    attack = dict(tree["attack"])
-    name = evaluation_name(tree, data, [facts["checkpoint"], facts["weights"], weights_id])
-    if folder is not None and (folder / name / "verdicts.npz").is_file():
+    attack, options = dict(tree["attack"]), tree["evaluation"]
+    chosen = suite(attack)
+    on = source() if chosen.on_source and source is not None else None
+    identities = [facts["checkpoint"], facts["weights"], weights_id, *([on.identity] if on else [])]
+    name = evaluation_name(tree, data, identities)
+    save = options.get("save")
+    if folder is not None and not save and (folder / name / "verdicts.npz").is_file():
         stored = read_json(folder / name / "results.json")
         if stored is not None:
             return stored
-    attacks = {key: make(section, f"attack.attacks.{key}") for key, section in attack["attacks"].items()}
     images, labels = (t[:limit] for t in data.arrays("test"))
-    began = time.monotonic()
-    verdicts = judge(
+    if int(labels.max()) >= module.num_classes:
+        raise UserError(f"the net has {module.num_classes} classes, the test labels go up to {int(labels.max())}")
+    common = {
+        "chunk": options["chunk"],
+        "seed": options["seed"],
+        "weights": weights_id,
+        "source": on.identity if on else None,
+        "test": data.fingerprint("test"),
+        "balanced": data.limit_test is not None,  # then in another order
+    }
+    kept = Kept(folder / "kept", common, save) if folder is not None else None
+    judge = Judge(
         module,
-        images,
-        labels,
-        attacks,
-        chunk=int(tree["evaluation"]["chunk"]),
-        seed=int(tree["evaluation"]["seed"]),
+        chosen,
+        chunk=int(options["chunk"]),
+        seed=int(options["seed"]),
         device=device,
+        source=on.module.to(device) if on else None,
+        skip_broken=bool(options.get("skip_broken")),
+        kept=kept,
+        save=save,
         progress=bool(tree["trainer"]["progress"]),
     )
-    if attack.get("ensemble"):
-        verdicts["ensemble"] = ensemble(verdicts)
-    results = _results(name, attack, facts, verdicts, time.monotonic() - began)
+    verdicts = judge(images, labels)
+    results = _results(name, chosen, attack, facts, verdicts, judge)
+    if on is not None:
+        results["source"] = on.identity
     if folder is not None and ranks()[0] == 0:
-        _write(folder / name, results, verdicts, data, labels.numpy(), tree)
+        files = {n: judge.file(n).name for n in ("natural", *chosen.attacks)}
+        _write(folder / name, results, verdicts, data, labels.numpy(), tree, files)
     return results
 
 
@@ -82,6 +111,8 @@ def evaluation_name(tree: Mapping[str, Any], data: ImageData, weights: list[str]
             "attack": tree["attack"],
             "chunk": tree["evaluation"]["chunk"],
             "seed": tree["evaluation"]["seed"],
+            "skip_broken": tree["evaluation"].get("skip_broken") or None,
+            "rounded": tree["evaluation"].get("save") == "uint8" or None,
             "weights": weights,
             "test": data.fingerprint("test"),
             "limit": data.limit_test,
@@ -92,10 +123,19 @@ def evaluation_name(tree: Mapping[str, Any], data: ImageData, weights: list[str]
 
 
 def _results(
-    name: str, attack: Mapping[str, Any], facts: Mapping[str, Any], verdicts: Mapping[str, np.ndarray], seconds: float
+    name: str,
+    chosen: Suite,
+    attack: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    verdicts: Mapping[str, np.ndarray],
+    judge: Judge,
 ) -> dict[str, Any]:
-    metrics = accuracies(verdicts)
+    metrics: dict[str, dict[str, Any]] = dict(accuracies(verdicts))
+    for n, outside in judge.outside.items():
+        if outside and n in metrics:
+            metrics[n]["outside"] = outside
     natural = float(metrics["natural"]["accuracy"])
+    groups = {g: float(np.mean([metrics[n]["accuracy"] for n in names])) for g, names in chosen.groups.items()}
     return {
         "run": facts["run"],
         "evaluation": name,
@@ -105,17 +145,22 @@ def _results(
         "weights": facts["weights"],
         "n": len(verdicts["natural"]),
         "metrics": metrics,
-        "nrr": {k: nrr(natural, float(metrics[k]["accuracy"])) for k in _robust(metrics)},
+        **({"groups": groups} if groups else {}),
+        "nrr": {k: nrr(natural, float(metrics[k]["accuracy"])) for k in _robust(metrics, chosen)},
         "train_seconds": facts["train_seconds"],
-        "eval_seconds": seconds,
+        "eval_seconds": judge.seconds,
         "audited": False,
     }
 
 
-def _robust(metrics: Mapping[str, Any]) -> list[str]:
-    """Which accuracies NRR is of: C&W and AutoAttack, as CURE's tables; where neither is there, the last attack."""
-    attacks = [name for name in metrics if name not in ("natural", "ensemble")]
-    return [name for name in ("cw", "autoattack") if name in metrics] or attacks[-1:]
+def _robust(metrics: Mapping[str, Any], chosen: Suite) -> list[str]:
+    """Which accuracies NRR is of: C&W and AutoAttack, as CURE's tables; where neither is there, the last attack.
+
+    A corruption is no attack: it has no NRR.
+    """
+    found = [name for name in ("cw", "autoattack") if name in metrics]
+    last = [n for n in metrics if n == "ensemble" or (n in chosen.attacks and not chosen.groups)]
+    return found or [n for n in last if n != "ensemble"][-1:] or last
 
 
 def _write(
@@ -125,11 +170,15 @@ def _write(
     data: ImageData,
     labels: np.ndarray,
     tree: Mapping[str, Any],
+    files: Mapping[str, str],
 ) -> None:
     rows = data.index("test")
     index = np.arange(len(labels)) if rows is None else rows.numpy()[: len(labels)]
     packed = io.BytesIO()
     np.savez_compressed(packed, allow_pickle=False, index=index, label=labels, **verdicts)
     write_bytes(folder / "verdicts.npz", packed.getvalue())
-    write_json(folder / "attack.json", {"attack": tree["attack"], "evaluation": tree["evaluation"]})
+    write_json(
+        folder / "attack.json",
+        {"attack": tree["attack"], "evaluation": tree["evaluation"], "limit_test": data.limit_test, "kept": files},
+    )
     write_json(folder / "results.json", results)  # last: a folder with results is a complete one

@@ -2,97 +2,369 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.progress import Progress
 from torch import Tensor
 
+from redoubt.attacks import Attack, WhiteBox
+from redoubt.attacks.base import Draws
+from redoubt.attacks.whitebox import Reached
 from redoubt.defenses import RobustModule
+from redoubt.errors import UserError
+from redoubt.evaluation.kept import Kept, Outcome
+from redoubt.evaluation.suite import Suite
 from redoubt.nets import attack_mode
-from redoubt.rng import generator
 from redoubt.training.distributed import ranks
-from redoubt.training.progress import console
+from redoubt.training.progress import Counter
 
 Verdicts = dict[str, np.ndarray]
 
+log = logging.getLogger("redoubt")
 
-def judge(
-    module: RobustModule,
-    images: Tensor,
-    labels: Tensor,
-    attacks: Mapping[str, Any],
-    *,
-    chunk: int,
-    seed: int,
-    device: torch.device,
-    progress: bool = True,
-) -> Verdicts:
-    """Which examples are still classified correctly.
+#: How much farther than eps a pair of images may be, computed in float64.
+SLACK = 1e-6
+#: Two passes over the same images may differ by this much, relative to the largest logit: kernels that add in another
+#: order do less, noise does more.
+SAME = 1e-4
 
-    Chunks are fixed runs of ``chunk`` examples; process r of n takes chunks r, r + n, ... whole, and a chunk's
-    random numbers come from (seed, attack, restart, chunk), so verdicts do not depend on the number of processes.
+
+class Judge:
+    """Which examples a module still gets right under each attack of a suite.
+
+    Chunks are fixed runs of ``chunk`` examples; process r of n takes chunks r, r + n, ... whole, and a chunk's random
+    numbers come from (seed, attack, restart, chunk), so verdicts do not depend on the number of processes.
 
     Args:
         module: Its ``logits`` are attacked; weights as they are.
-        images: uint8 [N, 3, H, W]; labels: int64 [N].
-        attacks: By name.
+        suite: The attacks.
         chunk: Examples attacked together.
         seed: Of random starts.
         device: Where to compute; the module is there.
-        progress: Show a bar on a terminal.
+        source: The net of transfer attacks, where the suite has any.
+        skip_broken: Attack only what all attacks before have left standing; then only the Ensemble is a result.
+        kept: Verdicts that are there already, and where new ones go; None keeps nothing.
+        save: ``uint8``: examples are rounded to 8 bits before they are scored.
+        progress: Show how far it is.
 
-    Returns:
-        ``natural`` and each attack's name -> bool [N], the same on every process.
+    Raises:
+        UserError: The suite cannot be run on this net: its forward is random or has no gradient.
     """
-    rank, world = ranks()
-    starts = range(0, len(labels), chunk)
-    names = ["natural", *attacks]
-    mine: dict[int, np.ndarray] = {}
-    bar = Progress(console=console, disable=not (progress and console.is_terminal and rank == 0), transient=True)
-    with bar, full_precision(), attack_mode(module):
-        for i in bar.track(range(rank, len(starts), world), description="attacking"):
-            rows = slice(starts[i], starts[i] + chunk)
-            x = (images[rows].to(device).float() / 255).contiguous(memory_format=module.format)
-            y = labels[rows].to(device)
-            mine[i] = _chunk(module, x, y, attacks, seed, i).cpu().numpy()
-    everyone: list[Any] = [mine]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, mine)
-    chunks = {i: verdict for part in everyone for i, verdict in part.items()}
-    table = np.concatenate([chunks[i] for i in range(len(starts))], axis=1)
-    return dict(zip(names, table, strict=True))
 
+    def __init__(
+        self,
+        module: RobustModule,
+        suite: Suite,
+        *,
+        chunk: int,
+        seed: int,
+        device: torch.device,
+        source: RobustModule | None = None,
+        skip_broken: bool = False,
+        kept: Kept | None = None,
+        save: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        if suite.on_source and source is None:
+            raise UserError(f"attack.source is missing: {sorted(suite.on_source)[0]} is crafted on another net")
+        self.module, self.source, self.suite = module, source, suite
+        self.chunk, self.seed, self.device = chunk, seed, device
+        self.skip_broken, self.kept, self.save, self.progress = skip_broken, kept, save, progress
+        self.seconds: float = 0.0
+        self.outside: dict[str, int] = {}
+        # The shorter first: a longer one may go on from it; and the cheaper, of which less is left to the dearer.
+        self.order = sorted(suite.attacks, key=lambda name: suite.attacks[name].cost)
 
-def _chunk(module: RobustModule, x: Tensor, y: Tensor, attacks: Mapping[str, Any], seed: int, number: int) -> Tensor:
-    """Verdicts [1 + attacks, B] of one chunk, natural first."""
+    def __call__(self, images: Tensor, labels: Tensor) -> Verdicts:
+        """Verdicts.
 
-    def right(images: Tensor) -> Tensor:
+        Args:
+            images: uint8 [N, 3, H, W].
+            labels: int64 [N].
+
+        Returns:
+            ``natural`` and each attack's name -> bool [N], the same on every process; with ``skip_broken``
+            ``natural`` and ``ensemble``.
+        """
+        rank, world = ranks()
+        starts = range(0, len(labels), self.chunk)
+        mine: dict[int, dict[str, Outcome]] = {}
+        counter = Counter("attacking", len(range(rank, len(starts), world)), enabled=self.progress and rank == 0)
+        source = attack_mode(self.source) if self.source is not None else nullcontext()
+        with counter, full_precision(), attack_mode(self.module), source:
+            checked = False
+            for i in range(rank, len(starts), world):
+                rows = slice(starts[i], starts[i] + self.chunk)
+                found = self.stored(i, len(labels[rows]))
+                if found is None:
+                    x, y = images[rows].to(self.device).float() / 255, labels[rows].to(self.device)
+                    if not checked:
+                        self.examine(x[:4])
+                        checked = True
+                    found = self.attack(x, y, i, counter)
+                mine[i] = found
+                counter.advance({k: v.right for k, v in found.items()})
+        everyone: list[Any] = [mine]
+        if world > 1:
+            everyone = [None] * world
+            dist.all_gather_object(everyone, mine)
+        chunks = {i: outcomes for part in everyone for i, outcomes in part.items()}
+        names = ["natural", *self.suite.attacks]
+        self.seconds = sum(o.seconds for outcomes in chunks.values() for o in outcomes.values())
+        self.outside = {n: sum(chunks[i][n].outside for i in chunks) for n in names}
+        verdicts = {n: np.concatenate([chunks[i][n].right for i in range(len(starts))]) for n in names}
+        if self.suite.ensemble:
+            verdicts["ensemble"] = ensemble(verdicts)
+        if self.skip_broken:
+            verdicts = {n: verdicts[n] for n in ("natural", "ensemble")}
+        return verdicts
+
+    # ---- one chunk --------------------------------------------------------------------------------------------
+
+    def attack(self, x: Tensor, y: Tensor, number: int, counter: Counter) -> dict[str, Outcome]:
+        """Outcomes of one chunk: those that are kept, and the others computed and kept.
+
+        Args:
+            x: Images [B, 3, H, W] in [0, 1]; y: labels [B]; number: of the chunk.
+        """
+        done: dict[str, Outcome] = {}
+        began = time.monotonic()
+        paths = {n: a.path for n, a in self.suite.attacks.items() if isinstance(a, WhiteBox) and self.own(n)}
+        due = [n for n in self.order if self.find(n, number, len(y)) is None]
+        # The first gradients of all fixed-start attacks, and the clean verdict, are of one forward.
+        firsts = {p: self.suite.attacks[n] for n in due if (p := paths.get(n)) is not None}
+        z, gradients = self.look(x, y, list(firsts.values()))
+        reached = {p: Reached(0, x, g) for p, g in zip(firsts, gradients, strict=True)}
+        standing = (z.argmax(1) == y) & z.isfinite().all(1)
+        done["natural"] = self.settle("natural", number, standing, None, began)
+        for name in self.order:
+            kept = self.find(name, number, len(y))
+            if kept is not None:
+                done[name] = kept
+            else:
+                counter.note(name)
+                began = time.monotonic()
+                rows = standing.nonzero()[:, 0] if self.skip_broken else torch.arange(len(y), device=y.device)
+                path = paths.get(name)
+                longer = [n for n in due if path is not None and paths.get(n) == path and n != name]
+                due.remove(name)
+                right, adv, outside = self.run(name, x, y, rows, number, reached, path if longer else None)
+                done[name] = self.settle(name, number, right, adv, began, outside)
+            if self.skip_broken:
+                standing = standing & torch.from_numpy(done[name].right).to(standing.device)
+        return done
+
+    def run(
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        rows: Tensor,
+        number: int,
+        reached: dict[Any, Reached],
+        going_on: Any,
+    ) -> tuple[Tensor, Tensor, int]:
+        """One attack on some rows of a chunk: (right [B], examples [B, 3, H, W], how many left the ball).
+
+        Args:
+            going_on: The attack's path, where a longer attack is to go on from its result.
+        """
+        attack = self.suite.attacks[name]
+        draws = Draws(self.seed, name, number, x.device)
+        right, adv = torch.zeros_like(y, dtype=torch.bool), x.clone()
+        if not len(rows):
+            return right, adv, 0
+        whole = len(rows) == len(y)
+        xs, ys = (x, y) if whole else (x[rows], y[rows])
+        start = reached.get(getattr(attack, "path", None))
+        logits = self.logits if self.own(name) else self.source_logits
+        with own_randomness(draws.library_seed, x.device):
+            if start is not None and isinstance(attack, WhiteBox) and self.own(name):
+                if not whole:
+                    start = Reached(start.steps, start.adv[rows], start.gradient[rows])
+                found = attack(logits, xs, ys, draws, after=start)
+            else:
+                found = attack(logits, xs, ys, draws)
+        found, broken = found if isinstance(found, tuple) else (found, None)
+        found = found.detach()
+        if self.save == "uint8":
+            found = rounded(found, xs, self.suite.norm if attack.eps is None else attack.norm, attack.eps)
+        found, outside = self.within(name, attack, found, xs)
+        gradient = None
+        if going_on is not None and isinstance(attack, WhiteBox):
+            z, (gradient,) = self.look(found, ys, [attack])
+        else:
+            with torch.no_grad():
+                z = self.logits(found)
+        verdict = (z.argmax(1) == ys) & z.isfinite().all(1)  # argmax calls NaN class 0
+        if broken is not None:  # seen in another batch, in which logits differ by a rounding
+            verdict &= ~broken
+        right[rows], adv[rows] = verdict, found
+        if gradient is not None and isinstance(attack, WhiteBox):
+            slopes = torch.zeros_like(x)
+            slopes[rows] = gradient
+            reached[going_on] = Reached(attack.steps, adv, slopes)
+        return right, adv, outside
+
+    def look(self, x: Tensor, y: Tensor, attacks: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+        """Logits of x, and the gradient of each attack's loss there, from one forward."""
+        if not attacks:
+            with torch.no_grad():
+                return self.logits(x), []
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            z = self.logits(x)
+            losses = [a.raised(z, y).sum() for a in attacks]
+            gradients = [torch.autograd.grad(loss, x, retain_graph=loss is not losses[-1])[0] for loss in losses]
+        return z.detach(), gradients
+
+    def within(self, name: str, attack: Attack, adv: Tensor, x: Tensor) -> tuple[Tensor, int]:
+        """The examples, with those that an unbounded attack has found outside the ball undone, and their number.
+
+        Raises:
+            UserError: Pixels outside [0, 1], or a bounded attack that left its ball.
+        """
+        wide = adv.double()
+        if adv.shape != x.shape or not bool(((wide >= 0) & (wide <= 1)).all()):  # false for NaN too
+            raise UserError(f"attack {name}: its images have pixels outside [0, 1] or none: they cannot be scored")
+        norm, eps = (attack.norm, attack.eps) if attack.eps is not None else (self.suite.norm, self.suite.eps)
+        if eps is None or (attack.eps is None and not self.suite.bounded):
+            return adv, 0
+        distance = distances(adv, x, norm)
+        outside = distance > eps + SLACK
+        count = int(outside.sum())
+        if count and attack.eps is not None:
+            raise UserError(
+                f"attack {name}: {count} of {len(x)} images are farther than eps {eps:.6g} "
+                f"({norm} {distance.max():.6g}): its result is not one of this threat model"
+            )
+        return torch.where(outside[:, None, None, None], x, adv) if count else adv, count
+
+    # ---- what is there, and what is kept ------------------------------------------------------------------------
+
+    def stored(self, number: int, n: int) -> dict[str, Outcome] | None:
+        """The outcomes of a chunk if all of them are there."""
+        found = {name: self.find(name, number, n) for name in ("natural", *self.suite.attacks)}
+        present = {name: outcome for name, outcome in found.items() if outcome is not None}
+        return present if len(present) == len(found) else None
+
+    def find(self, name: str, number: int, n: int) -> Outcome | None:
+        return None if self.kept is None else self.kept.find(self.file(name), number, n)
+
+    def file(self, name: str) -> Path:
+        """Where an attack's verdicts are kept."""
+        assert self.kept is not None
+        if name == "natural":
+            return self.kept.file(name, None)
+        decisive = self.suite.sections.get(name)
+        if self.skip_broken:  # then they depend on the attacks before
+            before = self.order[: self.order.index(name) + 1]
+            decisive = ["skip_broken", *(self.suite.sections.get(n) for n in before)]
+        return self.kept.file(name, [self.suite.norm, self.suite.eps, self.suite.bounded, decisive])
+
+    def settle(
+        self, name: str, number: int, right: Tensor, adv: Tensor | None, began: float, outside: int = 0
+    ) -> Outcome:
+        """The outcome of an attack on a chunk, kept; here the device is waited for."""
+        outcome = Outcome(right.cpu().numpy(), outside, time.monotonic() - began)
+        if self.kept is not None:
+            images = None
+            if adv is not None and self.save:
+                images = ((adv * 255).round().to(torch.uint8) if self.save == "uint8" else adv).cpu().numpy()
+            self.kept.keep(self.file(name), number, outcome, images)
+        return outcome
+
+    # ---- the nets -----------------------------------------------------------------------------------------------
+
+    def own(self, name: str) -> bool:
+        """Whether an attack sees the judged net itself."""
+        return name not in self.suite.on_source
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The judged net's logits."""
+        return self.module.logits(x.contiguous(memory_format=self.module.format))
+
+    def source_logits(self, x: Tensor) -> Tensor:
+        """The logits of the net that transfer attacks are crafted on."""
+        assert self.source is not None
+        return self.source.logits(x.contiguous(memory_format=self.source.format))
+
+    def examine(self, x: Tensor) -> None:
+        """Refuses a net on which the suite's numbers would mean nothing.
+
+        Raises:
+            UserError: Two passes over the same images differ, though the suite is not one of random nets; or an attack
+                needs a gradient and there is none.
+        """
         with torch.no_grad():
-            logits = module.logits(images)
-            return (logits.argmax(1) == y) & logits.isfinite().all(1)  # argmax calls NaN class 0
+            passes = [self.logits(x) for _ in range(3)]
+        spread = max(float((z - passes[0]).abs().max()) for z in passes[1:])
+        if not self.suite.stochastic and spread > SAME * max(1.0, float(passes[0].abs().max())):
+            raise UserError(
+                f"the net's forward is random (passes over the same images differ by {spread:.3g}): switch its noise "
+                "off, or take a suite for such nets: attack=eot"
+            )
+        wanting = [n for n, a in self.suite.attacks.items() if a.needs_gradients and self.own(n)]
+        if wanting:
+            with torch.enable_grad():
+                if not self.logits(x.clone().requires_grad_(True)).requires_grad:
+                    raise UserError(
+                        f"attack {wanting[0]} needs gradients, and this net's logits have none: take attacks that only "
+                        "ask for logits, as attack=square or attack=nattack"
+                    )
 
-    found: dict[str, Tensor] = {}
-    reached: dict[Any, tuple[int, Tensor]] = {}
-    for name in sorted(attacks, key=lambda n: attacks[n].steps):  # the shorter first: a longer one may go on from it
-        attack = attacks[name]
-        path = attack.path
-        adv = attack(
-            module.logits,
-            x,
-            y,
-            generator(seed, f"attack/{name}", 0, number, device=x.device),
-            reached.get(path),
-        )
-        if path is not None:
-            reached[path] = (attack.steps, adv)
-        found[name] = right(adv)
-    return torch.stack([right(x), *(found[name] for name in attacks)])
+
+def judge(module: RobustModule, images: Tensor, labels: Tensor, suite: Suite, **options: Any) -> Verdicts:
+    """Verdicts of a suite: see `Judge`."""
+    return Judge(module, suite, **options)(images, labels)
+
+
+def distances(a: Tensor, b: Tensor, norm: str) -> Tensor:
+    """Distance of each pair of images, in pixel units, computed in float64 [B]."""
+    order = float("inf") if norm == "linf" else 2
+    return torch.linalg.vector_norm((a.double() - b.double()).flatten(1), ord=order, dim=1)
+
+
+def rounded(adv: Tensor, x: Tensor, norm: str, eps: float | None) -> Tensor:
+    """The nearest 8-bit images that are not farther from x than eps.
+
+    Args:
+        adv: Examples [B, 3, H, W]; x: what they were made from, on the grid of 8 bits.
+    """
+    clean = (x.double() * 255).round()
+    change = (adv.double() * 255).round() - clean
+    if eps is not None and norm == "linf":
+        levels = math.floor(eps * 255 + 1e-6)
+        change = change.clamp(-levels, levels)
+    elif eps is not None:
+        far = torch.linalg.vector_norm(change.flatten(1), dim=1) > eps * 255
+        towards = (adv.double() * 255 - clean).trunc()
+        change = torch.where(far[:, None, None, None], towards, change)
+    return ((clean + change) / 255).to(adv.dtype)
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Global random numbers as if seeded inside, and as they were outside: libraries draw from them."""
+    state, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numbers)
 
 
 @contextmanager

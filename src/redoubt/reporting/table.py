@@ -10,7 +10,16 @@ from rich.table import Table
 TITLES = {
     "natural": "Natural",
     "fgsm": "FGSM",
+    "pgd": "PGD",
     "cw": "C&W",
+    "cw50": "C&W-50",
+    "multitargeted": "MultiTargeted",
+    "square": "Square",
+    "nattack": "N-ATTACK",
+    "transfer_pgd": "PGD, transferred",
+    "transfer_mi": "MI-FGSM, transferred",
+    "transfer_di": "DI-FGSM, transferred",
+    "transfer_ti": "TI-FGSM, transferred",
     "ensemble": "Ensemble",
     "autoattack": "AutoAttack",
 }
@@ -23,28 +32,57 @@ def title(metric: str) -> str:
     return TITLES.get(metric, metric)
 
 
+def threat(model: Mapping[str, Any]) -> str:
+    """``, linf eps 8/255 (0.03137)``; nothing where there is none."""
+    eps = model["eps"]
+    if eps is None:
+        return ""
+    shown = f"{eps * 255:.4g}/255" if model["norm"] == "linf" else f"{eps:.4g}"
+    return f", {model['norm']} eps {shown} ({eps:.4g})"
+
+
 def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """Accuracies in per cent with their 95 % intervals, one column per evaluation."""
     first = results[0]
-    eps = first["threat"]["eps"]
-    shown = f"{eps * 255:.4g}/255" if first["threat"]["norm"] == "linf" else f"{eps:.4g}"
-    table = Table(
-        title=f"{first['axes']['data']}, {first['n']} test images, {first['threat']['norm']} eps {shown} ({eps:.4g})",
-        caption="accuracy in %, 95 % Wilson interval",
-    )
+    caption = "accuracy in %, 95 % Wilson interval"
+    if any("outside" in m for r in results for m in r["metrics"].values()):
+        caption += "; *: some images left the ball and count as not attacked"
+    heading = f"{first['axes']['data']}, {first['n']} test images{threat(first['threat'])}"
+    table = Table(title=heading, caption=caption, min_width=len(heading))
     table.add_column("attack")
     for r in results:
         axes = r["axes"]
         table.add_column(f"{axes['defense']} + {axes['base']}\n{axes['model']}, {r['weights']}", justify="right")
+    grouped = len(first["metrics"]) > 20 and "groups" in first
     for metric in first["metrics"]:
+        if grouped and metric != "natural":
+            continue  # results.json has them all
         cells = []
         for r in results:
             m = r["metrics"].get(metric)
             cells.append(
-                "-" if m is None else f"{100 * m['accuracy']:.2f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
+                "-"
+                if m is None
+                else f"{100 * m['accuracy']:.2f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]" + "*" * ("outside" in m)
             )
         table.add_row(title(metric), *cells, style="bold" if metric == "ensemble" else None)
+    for group in first.get("groups", {}):
+        means = [f"{100 * r['groups'][group]:.2f}" if group in r.get("groups", {}) else "-" for r in results]
+        table.add_row(f"mean of {group}", *means)
     for name in dict.fromkeys(name for r in results for name in r["nrr"]):
         values = (f"{100 * r['nrr'][name]:.2f}" if name in r["nrr"] else "-" for r in results)
         table.add_row(f"NRR ({title(name)})", *values)
+    return table
+
+
+def rescored_table(scores: Mapping[str, Any], name: str) -> Table:
+    """What became of saved verdicts: changed, and changed within rounding."""
+    table = Table(title=f"{name}: saved examples classified anew")
+    for column in ("attack", "images", "changed", "changed, top logits within 1e-4", "largest distance", "eps"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+    for attack, entry in scores.items():
+        close = f"{len(entry['close'])} {entry['close'][:5] or ''}".strip()
+        eps = "-" if entry["eps"] is None else f"{entry['eps']:.6f}"
+        cells = (str(entry["n"]), str(len(entry["changed"])), close, f"{entry['distance']:.6f}", eps)
+        table.add_row(title(attack), *cells)
     return table

@@ -18,7 +18,8 @@ from redoubt.build import build_module, make
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
-from redoubt.evaluation.record import evaluate
+from redoubt.evaluation.record import Source, evaluate
+from redoubt.nets import load_backbone
 from redoubt.runs.identity import identity, plain, redacted
 from redoubt.runs.loading import load, read_checkpoint, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
@@ -152,8 +153,39 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
         facts=facts,
         weights_id=weights_hash(module),
         folder=run.eval,
+        source=lambda: transfer_source(cfg, data),
         device=device,
     )
+
+
+def transfer_source(cfg: DictConfig, data: ImageData) -> Source:
+    """The net that ``attack.source`` names: ``auto`` is the natural one of the same cell, trained if need be.
+
+    Raises:
+        UserError: No such run or file, an unfinished run, or a net of other images or classes.
+    """
+    wanted = str(cfg.attack.get("source") or "auto")
+    file = Path(wanted).expanduser()
+    try:
+        if wanted == "auto":
+            _, run = find_or_make(cfg, data, defense="none", base="standard")
+            module = load(run)
+        elif file.is_file() and not (file.suffix == ".safetensors" or Run(file.resolve().parent.parent).exists()):
+            module = build_module(twin_config(cfg, defense="none", base="standard"))
+            load_backbone(module.net, file)
+        elif file.is_file():
+            module = load(file)
+        else:
+            run = Store(cfg.paths.outputs).find(wanted)
+            run.must_be_finished()
+            module = load(run)
+    except UserError as error:
+        text = str(error).removeprefix(f"run={wanted}: ").removeprefix(f"run={wanted!r}: ")
+        raise UserError(f"attack.source={wanted}: {text}") from error
+    for name, own in (("num_classes", data.num_classes), ("image_size", data.image_size)):
+        if getattr(module, name) != own:
+            raise UserError(f"attack.source={wanted}: its {name} is {getattr(module, name)}, the data's {own}")
+    return Source(module.eval(), weights_hash(module))
 
 
 def find_or_make(cfg: DictConfig, data: ImageData, *, defense: str, base: str) -> tuple[DictConfig, Run]:

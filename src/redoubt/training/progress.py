@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
@@ -84,3 +87,58 @@ class ProgressBar(Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+class Counter:
+    """Pieces of an evaluation with the accuracies so far: a bar on a terminal, a line each half minute elsewhere.
+
+    Args:
+        title: What is being done.
+        total: How many pieces there are.
+        enabled: Whether to show anything.
+    """
+
+    def __init__(self, title: str, total: int, *, enabled: bool = True, every: float = 30.0) -> None:
+        self.title, self.total, self.every = title, total, every
+        self.done, self.right, self.doing = 0, dict[str, np.ndarray](), ""
+        self.bar: Progress | None = None
+        self.enabled, self._last = enabled, time.monotonic()
+
+    def __enter__(self) -> Counter:
+        if self.enabled and console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[notes]}"), console=console,
+                transient=True,
+            )  # fmt: skip
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, notes="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def note(self, doing: str) -> None:
+        """What is being done within the piece."""
+        self.doing = doing
+        self._show()
+
+    def advance(self, right: Mapping[str, np.ndarray]) -> None:
+        """One piece is done; ``right``: which of its examples are right, by attack."""
+        self.done += 1
+        for name, flags in right.items():
+            self.right[name] = np.concatenate([self.right.get(name, np.zeros(0, bool)), flags])
+        self.doing = ""
+        self._show()
+
+    def _show(self) -> None:
+        if not self.enabled:
+            return
+        shown = list(self.right.items())[:6]
+        notes = " ".join([*(f"{name} {100 * flags.mean():.1f}%" for name, flags in shown), self.doing])
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, notes=notes)
+        elif time.monotonic() - self._last > self.every:
+            self._last = time.monotonic()
+            console.print(f"{self.title} {self.done}/{self.total} {notes}", highlight=False)

@@ -1,0 +1,298 @@
+"""Attacks of other libraries: AutoAttack (pyautoattack), torchattacks and foolbox, each under our rules.
+
+They get the net as a module in evaluation mode, images as float32 in [0, 1], and the run's own seed; whoever calls an
+attack keeps their random numbers apart and scores what they return.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redoubt.attacks.base import Attack, Draws, Logits
+from redoubt.errors import UserError, did_you_mean
+from redoubt.units import as_number
+
+log = logging.getLogger("redoubt")
+
+
+def library(module: str, extra: str) -> Any:
+    """An optional library.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{module} is not installed: pip install 'redoubt[{extra}]'") from error
+
+
+class Net(nn.Module):
+    """Logits as a module, for libraries that want one; it has no parameter to find and no mode to change."""
+
+    def __init__(self, logits: Logits, device: torch.device) -> None:
+        super().__init__()
+        self.logits = logits
+        self.where = nn.Parameter(torch.zeros((), device=device), requires_grad=False)  # some look for the device
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x)
+
+
+class AutoAttack(Attack):
+    """AutoAttack (Croce and Hein, 2020) by pyautoattack, once per chunk, with a seed from (seed, chunk).
+
+    An example's verdict is that of ``pyautoattack.AutoAttack(net, norm=..., eps=..., version=...,
+    seed=redoubt.attacks.base.library_seed(evaluation.seed, chunk))`` called by hand on the chunk's images with
+    ``batch_size=evaluation.chunk``. With fewer than 10 classes the targeted attacks take all wrong ones; with up to
+    three only apgd-ce and square are defined.
+
+    Args:
+        eps, norm: The ball.
+        version: ``standard`` (apgd-ce, apgd-t, fab-t, square), ``plus``, ``rand`` (for nets with a random forward), or
+            a list of attacks.
+        queries: Of Square, per image.
+    """
+
+    ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+    VERSIONS = ("standard", "plus", "rand")
+    #: Steps of each, roughly, as they are in `standard`.
+    COSTS = {"apgd-ce": 100.0, "apgd-dlr": 500.0, "apgd-t": 900.0, "fab": 2500.0, "fab-t": 2700.0, "square": 1700.0}
+
+    def __init__(
+        self,
+        *,
+        eps: float | str,
+        norm: str = "linf",
+        version: str | Sequence[str] = "standard",
+        queries: int = 5000,
+    ) -> None:
+        library("pyautoattack", "attacks")
+        self.eps, self.norm, self.queries = as_number(eps, "eps"), norm, int(queries)
+        listed = [version] if isinstance(version, str) and version not in self.VERSIONS else version
+        if not isinstance(listed, str):
+            for name in listed:
+                if name not in self.ATTACKS:
+                    raise UserError(
+                        f"version={name!r} is not known{did_you_mean(name, [*self.VERSIONS, *self.ATTACKS])}"
+                    )
+            if not listed:
+                raise UserError(f"version=[] names no attack: there are {', '.join(self.ATTACKS)}")
+        self.version: str | list[str] = listed if isinstance(listed, str) else list(listed)
+        if self.queries < 1:
+            raise UserError(f"queries={queries} must be at least 1")
+        self.needs_gradients = self.version != ["square"]
+        self.cost = sum(self.COSTS[n] for n in self.version) if isinstance(self.version, list) else 6000.0
+
+    def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """See `Attack`; the flags are pyautoattack's own verdicts."""
+        pyautoattack = library("pyautoattack", "attacks")
+        named = isinstance(self.version, list)
+        with _warnings_once():
+            attack = pyautoattack.AutoAttack(
+                Net(logits, x.device),
+                norm={"linf": "Linf", "l2": "L2"}[self.norm],
+                eps=self.eps,
+                seed=draws.library_seed,
+                device=x.device,
+                version="custom" if named else self.version,
+                **({"attacks": list(self.version)} if named else {}),
+            )
+            attack.square.n_queries = self.queries
+            with torch.no_grad():
+                classes = logits(x[:1]).shape[1]
+            for targeted in (attack.apgd_targeted, attack.fab):
+                targeted.n_target_classes = min(9, classes - 1)
+            if named:  # as in `standard`: one start each
+                attack.apgd.n_restarts = attack.fab.n_restarts = 1
+            if classes <= 3:
+                attack.attacks_to_run = [a for a in attack.attacks_to_run if a in ("apgd-ce", "square")]
+            adv, label = attack.run_standard_evaluation(x, y, batch_size=len(x))
+        return adv, label != y
+
+
+class TorchAttacks(Attack):
+    """An attack of torchattacks by its class's name.
+
+    ``eps`` is handed over where the class takes one of the suite's norm; a step size ``alpha`` that nobody gave is
+    eps / 4. A class without such a bound (CW, Pixle, DeepFool, ...) searches freely: see ``attack.bounded``.
+
+    Args:
+        name: A class of torchattacks, as DIFGSM.
+        eps, norm: The ball.
+        options: Further arguments of the class.
+
+    Raises:
+        UserError: No such class, an option that it does not take, or one that must not be reported.
+    """
+
+    #: Not attacks by themselves, or, as AutoAttack with 10 steps for each 100, not what they are called.
+    REFUSED = {
+        "AutoAttack": "runs 10 steps for each 100 of AutoAttack: take attack=autoattack",
+        "MultiAttack": "is a list of attacks: write a suite",
+        "LGV": "trains nets of its own",
+        "VANILA": "attacks nothing: natural accuracy is in every evaluation",
+    }
+    NO_GRADIENT = ("Square", "SPSA", "Pixle", "OnePixel", "GN")
+
+    def __init__(
+        self, *, name: str, eps: float | str, norm: str = "linf", options: Mapping[str, Any] | None = None
+    ) -> None:
+        module = library("torchattacks", "attacks")
+        found = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, module.attack.Attack)}
+        known = sorted(n for n in found if n not in (*self.REFUSED, "Attack"))
+        if name in self.REFUSED:
+            raise UserError(f"name={name}: torchattacks' {name} {self.REFUSED[name]}")
+        if name not in known:
+            raise UserError(f"name={name!r} is no attack of torchattacks{did_you_mean(str(name), known)}")
+        self.kind: Any = found[name]
+        takes = [p for p in inspect.signature(self.kind.__init__).parameters if p not in ("self", "model")]
+        given = {str(k): as_number(v, k) if isinstance(v, str) and "/" in v else v for k, v in (options or {}).items()}
+        for option in given:
+            if option not in takes:
+                raise UserError(
+                    f"options.{option} is not an argument of torchattacks.{name}{did_you_mean(option, takes)}"
+                )
+        radius = as_number(eps, "eps")
+        self.norm, self.eps = norm, None
+        if "eps" in given:
+            raise UserError("options.eps: give attack.eps, by which the images are scored")
+        ball = {"linf": "Linf", "l2": "L2"}[norm]
+        if "norm" in takes:
+            given["norm"] = ball
+        if "eps" in takes and ("norm" in takes or _measure(self.kind) == ball):
+            self.eps = given["eps"] = radius
+            if "alpha" in takes:
+                given.setdefault("alpha", radius / 4)
+        self.name, self.options = name.lower(), given
+        self.seeded = "seed" in takes and "seed" not in given
+        self.needs_gradients = name not in self.NO_GRADIENT
+        steps = given.get("steps", given.get("n_queries", _default(self.kind, "steps", "n_queries")))
+        self.cost = float(steps)
+        try:
+            self._made(lambda x: x, torch.device("cpu"), 0)
+        except Exception as error:
+            raise UserError(f"torchattacks.{name} refuses these options: {_brief(error)}") from error
+
+    def _made(self, logits: Logits, device: torch.device, seed: int) -> Any:
+        attack = self.kind(Net(logits, device), **self.options, **({"seed": seed} if self.seeded else {}))
+        attack.set_device(device)
+        return attack
+
+    def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> Tensor:
+        """See `Attack`."""
+        attack = self._made(logits, x.device, draws.library_seed)
+        with torch.enable_grad(), library_errors(f"torchattacks.{self.kind.__name__}"):
+            adv: Tensor = attack(x, y)
+        # A search that failed in its own arithmetic has found nothing.
+        return torch.where(adv.isfinite().flatten(1).all(1)[:, None, None, None], adv, x)
+
+
+class Foolbox(Attack):
+    """An attack of foolbox by its class's name (``foolbox.attacks``), run at one epsilon.
+
+    Args:
+        name: A class of foolbox.attacks, as LinfDeepFoolAttack.
+        eps, norm: The ball; the class must be of this norm.
+        options: Arguments of the class.
+    """
+
+    def __init__(
+        self, *, name: str, eps: float | str, norm: str = "linf", options: Mapping[str, Any] | None = None
+    ) -> None:
+        module = library("foolbox", "foolbox").attacks
+        base = importlib.import_module("foolbox.attacks.base").Attack
+        known = sorted(n for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base))
+        if name not in known:
+            raise UserError(f"name={name!r} is no attack of foolbox{did_you_mean(str(name), known)}")
+        self.kind: Any = getattr(module, name)
+        self.options = dict(options or {})
+        try:
+            attack = self.kind(**self.options)
+        except Exception as error:
+            raise UserError(f"foolbox {name} refuses these options: {_brief(error)}") from error
+        self.norm, self.eps = norm, as_number(eps, "eps")
+        distance = {"linf": "linf", "l2": "l2"}[norm]
+        measured = str(getattr(attack, "distance", None))
+        if distance not in measured.lower():
+            raise UserError(
+                f"name={name}: it measures {measured}, the suite {norm}: take another attack or threat={norm}"
+            )
+        self.name = name.lower()
+        self.needs_gradients = not any(word in name for word in ("Noise", "Boundary", "HopSkipJump", "Genetic", "Blur"))
+        self.cost = float(getattr(attack, "steps", 100) or 1)
+
+    def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> Tensor:
+        """See `Attack`."""
+        foolbox = library("foolbox", "foolbox")
+        net = foolbox.PyTorchModel(Net(logits, x.device), bounds=(0, 1), device=x.device)
+        with torch.enable_grad(), library_errors(f"foolbox.attacks.{self.kind.__name__}"):
+            _, adv, _ = self.kind(**self.options)(net, x, y, epsilons=self.eps)
+        return torch.where(adv.isfinite().flatten(1).all(1)[:, None, None, None], adv, x)
+
+
+def _measure(kind: type) -> str | None:
+    """The norm that a class of torchattacks bounds, as its docstring says."""
+    found = re.search(r"Distance Measure\s*:\s*(\w+)", kind.__doc__ or "")
+    return found[1] if found else None
+
+
+def _default(kind: type, *names: str) -> float:
+    parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    found = [parameters[n].default for n in names if n in parameters]
+    return float(found[0]) if found and isinstance(found[0], (int, float)) else 1.0
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextmanager
+def library_errors(name: str) -> Iterator[None]:
+    """Says whose error it is, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{name} failed on this net: {type(error).__name__}: {_brief(error)}") from error
+
+
+class _Once(logging.Handler):
+    """Passes each warning on once."""
+
+    seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        text = re.sub(r"^there are \d+ points", "there are points", text).split(" See ")[0]
+        if record.levelno >= logging.WARNING and text not in self.seen:
+            self.seen.add(text)
+            log.warning("AutoAttack: %s", text)
+
+
+@contextmanager
+def _warnings_once() -> Iterator[None]:
+    """AutoAttack says something per batch: its warnings come through once, the rest not at all."""
+    theirs = logging.getLogger("auto-attack")
+    handler, kept = _Once(), (theirs.propagate, theirs.level)
+    theirs.propagate = False
+    theirs.setLevel(logging.WARNING)
+    theirs.addHandler(handler)
+    try:
+        yield
+    finally:
+        theirs.removeHandler(handler)
+        theirs.propagate, theirs.level = kept

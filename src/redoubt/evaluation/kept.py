@@ -1,0 +1,117 @@
+"""Verdicts on disk, by attack and chunk: what a killed evaluation goes on from, and what others use again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redoubt.errors import UserError
+from redoubt.runs.files import atomic, cannot_write
+from redoubt.runs.identity import canonical
+from redoubt.training.distributed import ranks
+
+#: How adversarial examples may be saved: as they are, or rounded to 8 bits.
+FORMATS = ("float32", "uint8")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one attack did to one chunk.
+
+    Args:
+        right: Whether each example is still classified correctly, bool [B].
+        outside: How many examples it moved out of the ball, which therefore count as not moved.
+        seconds: What it took.
+    """
+
+    right: np.ndarray
+    outside: int = 0
+    seconds: float = 0.0
+
+
+class Kept:
+    """One file per attack, one line per chunk; a line that a kill has torn is as if it were not there.
+
+    An attack is found again by everything that decides its verdicts, whatever suite asked for it.
+
+    Args:
+        folder: Where the files are.
+        common: What decides the verdicts of every attack: weights, test examples, chunk, seed.
+        save: None, ``float32`` or ``uint8``: also keep the examples. Rounded ones are scored as they are kept, so
+            their verdicts are others.
+    """
+
+    def __init__(self, folder: Path, common: Mapping[str, Any], save: str | None = None) -> None:
+        if save is not None and save not in FORMATS:
+            raise UserError(f"evaluation.save={save!r} is not known: take {', '.join(FORMATS)} or null")
+        self.folder, self.save = folder, save
+        self.common = {**common, "rounded": True if save == "uint8" else None}
+        self.seen: dict[str, dict[tuple[int, int], Outcome]] = {}
+
+    def file(self, name: str, decisive: Any) -> Path:
+        """The file of an attack, without its ending: ``<name>-<hash>``."""
+        text = json.dumps(canonical({**self.common, "name": name, "attack": decisive}), sort_keys=True)
+        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def find(self, file: Path, chunk: int, n: int) -> Outcome | None:
+        """The outcome of a chunk of n examples, if it is there (and the examples are, where they are to be saved)."""
+        if file.name not in self.seen:
+            self.seen[file.name] = _read(file)
+        missing = self.save and not file.name.startswith("natural-") and not self.examples(file, chunk, n).is_file()
+        return None if missing else self.seen[file.name].get((chunk, n))
+
+    def examples(self, file: Path, chunk: int, n: int) -> Path:
+        """Where the examples [n, 3, H, W] of a chunk are."""
+        return file / f"{chunk:05d}-{n}.npy"
+
+    def keep(self, file: Path, chunk: int, outcome: Outcome, adv: np.ndarray | None = None) -> None:
+        """Adds a chunk's outcome; the examples first, so that the line says that they are there."""
+        if self.save and adv is not None:
+            with atomic(self.examples(file, chunk, len(outcome.right))) as temporary:
+                np.save(temporary, adv, allow_pickle=False)
+        packed = np.packbits(outcome.right).tobytes().hex()
+        line = {"chunk": chunk, "n": len(outcome.right), "right": packed, "outside": outcome.outside}
+        line["seconds"] = round(outcome.seconds, 3)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = _lines(file, ranks()[0])
+            with open(path, "a+b") as opened:
+                torn = opened.tell() > 0 and not _ends_well(opened)
+                opened.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
+                opened.flush()
+                os.fsync(opened.fileno())
+        except OSError as error:
+            raise cannot_write(file, error) from error
+        self.seen.setdefault(file.name, {})[chunk, len(outcome.right)] = outcome
+
+
+def _lines(file: Path, rank: int) -> Path:
+    """Each process appends to a file of its own."""
+    return file.with_name(f"{file.name}.{rank}.jsonl")
+
+
+def _ends_well(opened: Any) -> bool:
+    opened.seek(-1, os.SEEK_END)
+    return bool(opened.read(1) == b"\n")
+
+
+def _read(file: Path) -> dict[tuple[int, int], Outcome]:
+    found: dict[tuple[int, int], Outcome] = {}
+    for path in sorted(file.parent.glob(f"{file.name}.*.jsonl")) if file.parent.is_dir() else ():
+        for text in path.read_bytes().splitlines():
+            try:
+                line = json.loads(text)
+                bits = np.unpackbits(np.frombuffer(bytes.fromhex(line["right"]), np.uint8))
+                right = bits[: line["n"]].astype(bool)
+                if len(right) == line["n"]:
+                    found[int(line["chunk"]), len(right)] = Outcome(right, int(line["outside"]), float(line["seconds"]))
+            except (ValueError, KeyError, TypeError):  # torn by a kill, or by hand
+                continue
+    return found
