@@ -1,4 +1,4 @@
-"""The command line: ``redoubt train | eval | export | runs``. Composes, checks, hands over; knows no mathematics."""
+"""The command line, ``redoubt train | eval | audit | export | runs``: composes, checks, hands over."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _CHOICE = re.compile(r"(defense|base|model|data|attack|optimizer|threat|logger|t
 COMMANDS = {
     "train": "train a cell of the grid, attack the result, record it",
     "eval": "attack a finished run or any weights",
+    "audit": "check a finished run for false robustness",
     "export": "write a finished run's net as one file: safetensors, torch.export or ONNX",
     "runs": "ls | show | rm | prune the runs of the store",
 }
@@ -55,7 +56,7 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
         from redoubt.runs.commands import main as runs
 
         return runs(arguments)
-    if command in ("train", "eval", "export"):
+    if command in ("train", "eval", "audit", "export"):
         return _hydra(command, arguments, debug)
     if command in ("-h", "--help", "help"):
         print("usage: redoubt COMMAND [key=value ...] [--debug]\n")

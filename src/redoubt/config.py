@@ -245,7 +245,7 @@ _CHOICES: dict[str, list[Any]] = {
 
 def top_level_keys() -> set[str]:
     """Every key that the root configs and their groups write."""
-    keys = {"axes", "run", "checkpoint", "rescore"}
+    keys = {"axes", "run", "checkpoint", "rescore", "audit"}
     for name in ("train", "eval"):
         root = OmegaConf.load(Path(config_dir()) / f"{name}.yaml")
         assert isinstance(root, DictConfig)

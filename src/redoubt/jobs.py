@@ -20,16 +20,16 @@ from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import CheckFailed, UserError
-from redoubt.evaluation.record import Source, evaluate
+from redoubt.evaluation.record import Source, audited, evaluate
 from redoubt.evaluation.rescore import objections, rescore
 from redoubt.evaluation.suite import suite
 from redoubt.export import export
 from redoubt.nets import load_backbone
-from redoubt.reporting.table import rescored_table, results_table
+from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
 from redoubt.runs.files import read_json
 from redoubt.runs.identity import canonical, plain
-from redoubt.runs.loading import load
+from redoubt.runs.loading import load, weights_hash
 from redoubt.runs.store import Run, Store
 from redoubt.training.distributed import leave, ranks, started_by_launcher
 from redoubt.training.trainer import accelerator, devices, make_trainer
@@ -39,7 +39,7 @@ console = Console()
 
 def processes(cfg: DictConfig) -> int:
     """How many processes this machine gives to the job."""
-    return 1 if cfg.plan else devices(cfg)
+    return 1 if cfg.plan or "audit" in cfg else devices(cfg)
 
 
 def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
@@ -47,14 +47,14 @@ def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     torch.set_float32_matmul_precision("highest")
     try:
         _connect(cfg)
-        return {"train": train, "eval": evaluate_only}[command](cfg, overrides)
+        return {"train": train, "eval": evaluate_only, "audit": audit}[command](cfg, overrides)
     finally:
         leave()
 
 
 def _connect(cfg: DictConfig) -> None:
     """Joins the process group, before anything is decided that all processes must decide alike."""
-    if devices(cfg) == 1 and int(cfg.trainer.num_nodes) == 1 and not started_by_launcher():
+    if processes(cfg) == 1 and int(cfg.trainer.num_nodes) == 1 and not started_by_launcher():
         return
     if accelerator(cfg) == "cpu":  # the processes share this machine's cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices(cfg)))
@@ -148,6 +148,46 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     return results
 
 
+def audit(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """Checks a finished run, or a file of weights, for false robustness; writes audit.json and the curves.
+
+    Raises:
+        CheckFailed: A check failed.
+    """
+    if (cfg.run is None) == (cfg.checkpoint is None):
+        raise UserError("audit wants either run=<folder or name> or checkpoint=<file> with model=... data=...")
+    if cfg.run is not None:
+        run = Store(cfg.paths.outputs).find(str(cfg.run))
+        run.must_be_finished()
+        stored = run.config()
+        keys = cfg.audit
+        cfg = of_run(stored, cfg, overrides, own_suite=True)
+        name, which, folder = run.name, str(cfg.evaluation.checkpoint), run.folder
+        module = load(run, checkpoint=which, weights=str(cfg.evaluation.weights), compile=False)
+        weights_id = weights_hash(module)
+    else:
+        keys = cfg.audit
+        cfg.compile = False
+        module, which = build_module(cfg), str(cfg.checkpoint)
+        load_backbone(module.net, Path(which))
+        name, folder, weights_id = Path(which).stem, Path(cfg.paths.outputs), _weights_id(module, cfg)
+    data = _data(cfg)
+    facts = {"run": name, "checkpoint": which, "weights": str(cfg.evaluation.weights)}
+    source = None
+    if keys.source is not None:
+        OmegaConf.update(cfg, "attack.source", keys.source, force_add=True)
+        source = running.transfer_source(cfg, data, key="audit.source")
+    report, where = audited(
+        module.eval(), data, plain(cfg), plain(keys), facts=facts, weights_id=weights_id, folder=folder, source=source,
+        device=running.compute_device(cfg),
+    )  # fmt: skip
+    console.print(audit_table(report))
+    print(f"audit: {where}", flush=True)
+    if not report["passed"]:
+        raise CheckFailed(f"{name} fails {len(report['failed'])} checks: {', '.join(report['failed'])}; see {where}")
+    return report
+
+
 def _rescore(run: Run, cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Classifies the saved examples of one of a run's evaluations anew."""
     names = [folder.name for folder, _ in run.evaluations()]
@@ -190,9 +230,7 @@ def _judge(
     facts = {"run": name, "axes": axes, "checkpoint": checkpoint, "weights": "student", "train_seconds": None}
     device = running.compute_device(cfg)
     source = (lambda: running.transfer_source(cfg, data)) if source is None else source
-    # The same weights are another function in another net: with another normalisation, tau, ...
-    net = canonical({"model": cfg.model, "defense": cfg.defense})
-    weights_id = f"{running.weights_hash(module)} {json.dumps(net, sort_keys=True)}"
+    weights_id = _weights_id(module, cfg)
     module = module.to(device).eval()
     return evaluate(
         module,
@@ -207,10 +245,21 @@ def _judge(
     )
 
 
-def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str]) -> DictConfig:
+def _weights_id(module: RobustModule, cfg: DictConfig) -> str:
+    """Stands for weights of no run: the same are another function in a net with another normalisation, tau, ..."""
+    net = canonical({"model": cfg.model, "defense": cfg.defense})
+    return f"{weights_hash(module)} {json.dumps(net, sort_keys=True)}"
+
+
+def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str], own_suite: bool = False) -> DictConfig:
     """The run's own config with the attack, evaluation and devices asked for now.
 
     What the command line says of data and threat is taken too: where the images lie, how many, at which eps.
+
+    Args:
+        stored: The run's config.
+        cfg, overrides: What was composed now, and the words of the command line.
+        own_suite: Where the command line names no attack, take the run's.
     """
     merged = OmegaConf.create(stored)
     said = {o.lstrip("+~").split("=", 1)[0] for o in overrides}
@@ -227,9 +276,13 @@ def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str]) -> Dic
         merged.evaluation.weights = stored["evaluation"]["weights"]
     # The attack is composed anew under the run's threat model, which its eps interpolates.
     kept = [o for o in overrides if o.lstrip("+~").startswith(("attack=", "attack.", "threat"))]
-    kept = kept if any(k == "threat" or k.startswith("threat.") for k in said) else [
-        *kept, f"threat.norm={stored['threat']['norm']}", f"threat.eps={stored['threat']['eps']}",
-    ]  # fmt: skip
+    if own_suite and not kept:
+        merged.attack = stored["attack"]
+        return config.resolve(merged)
+    if own_suite and "attack" not in said:
+        kept.insert(0, f"attack={stored['axes']['attack']}")
+    if not any(k == "threat" or k.startswith("threat.") for k in said):
+        kept += [f"threat.{key}={stored['threat'][key]}" for key in ("norm", "eps")]
     attack = config.compose([*kept, f"data={stored['axes']['data']}"])
     OmegaConf.resolve(attack.attack)
     merged.attack = attack.attack

@@ -56,6 +56,7 @@ class Corruption(Attack):
         if severity not in SEVERITIES:
             raise UserError(f"severity={severity!r} is not known: take a whole number from 1 to 5")
         self.kind, self.severity = kind, int(severity)
+        self.group = next(group for group, kinds in GROUPS.items() if kind in kinds)
 
     @torch.no_grad()
     def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> Tensor:

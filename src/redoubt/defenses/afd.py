@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -205,6 +206,21 @@ class AFD(RobustModule):
     def feature(self, x: Tensor) -> Tensor:
         """f1 [B, d] of images [B, 3, H, W]."""
         return self.run(x, True)[1][0]
+
+    def adaptive(self, x: Tensor, y: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+        """By the non-robust branch's logits ``W D2 f + b``, and by the distance of the robust feature f1 to x's own."""
+        head = self.head
+
+        def body(v: Tensor) -> Tensor:
+            net = cast(Backbone, self.net)
+            return at_least_float32(net.forward_head(net.forward_features(v), pre_logits=True))
+
+        def branch(adv: Tensor) -> Tensor:
+            return F.cross_entropy(head.linear(head.d2(body(adv))), y, reduction="none")
+
+        with torch.no_grad():
+            clean = head.d1(body(x))
+        return {"d2": branch, "feature": lambda adv: (head.d1(body(adv)) - clean).square().sum(1)}
 
     def start_from(self, backbone: nn.Module) -> None:
         """Teacher and student begin from the same trained net, D1 and D2 as the identity."""

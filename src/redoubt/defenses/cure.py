@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -164,6 +164,10 @@ class CURE(RobustModule):
         k = self.steps_done - self.warmup_steps + 1
         d = min(1 - 1 / (k + 1), self.decay) if self.decay_warmup else self.decay
         torch._foreach_lerp_(list(self.revision.parameters()), list(self.net.parameters()), 1 - d)
+
+    def adaptive(self, x: Tensor, y: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+        """By the revision model, whose predictions the student was held to."""
+        return {"revision": lambda adv: F.cross_entropy(at_least_float32(self.revise(adv)), y, reduction="none")}
 
     def rate_factor(self) -> float:
         """What ``rate_decay`` makes of the rate in this step."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class FSRLayer(nn.Module):
     two-way Gumbel-softmax over (log s, log(1 - s)) at temperature tau, that is the sigmoid of their difference
     over tau; without noise about sigmoid(r / tau). The output is ``f + (1 - m) * R((1 - m) * f)``.
 
+    An adaptive attack changes what the mask's gradient is (``backward``), never its value.
+
     In the training forward (``noise`` given) ``sides`` holds the auxiliary head's logits on f+, f- and the
     recalibrated f-. Mask and logarithms are computed in float32: in bfloat16 ``1 - s`` would lose the mask's
     gradient.
@@ -63,6 +66,7 @@ class FSRLayer(nn.Module):
         self.tau = tau
         self.noise: Tensor | None = None
         self.sides: Sides | None = None
+        self.backward = "exact"
 
     def forward(self, x: Tensor) -> Tensor:
         f = self.inner(x)
@@ -84,7 +88,13 @@ class FSRLayer(nn.Module):
         logit = (s + TINY).log() - (1 - s + TINY).log()
         if self.noise is not None:
             logit = logit + self.noise
-        return torch.sigmoid(logit / (self.tau + TINY))
+        m = torch.sigmoid(logit / (self.tau + TINY))
+        if self.backward == "detached":
+            return m.detach()
+        if self.backward == "tau1":  # the value at tau, the slope at 1
+            smooth = torch.sigmoid(logit)
+            return smooth + (m - smooth).detach()
+        return m
 
     def auxiliary(self, f: Tensor) -> Tensor:
         """Logits [B, K] of the auxiliary head on the pooled map."""
@@ -163,6 +173,28 @@ class FSR(RobustModule):
         finally:
             for layer in self.layers:
                 layer.noise = layer.sides = None
+
+    def adaptive(self, x: Tensor, y: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Around the steep mask: its slope at tau = 1, or none; and by the auxiliary head's logits on f+, f- and f~."""
+
+        def around(backward: str, adv: Tensor) -> Tensor:
+            try:
+                for layer in self.layers:
+                    layer.backward = backward
+                return F.cross_entropy(self.logits(adv), y, reduction="none")
+            finally:
+                for layer in self.layers:
+                    layer.backward = "exact"
+
+        def head(which: int, adv: Tensor) -> Tensor:
+            _, sides = self.run(adv, [adv.new_zeros(()) for _ in self.layers])  # noise of zero: the mask as it is
+            return torch.stack([F.cross_entropy(side[which].float(), y, reduction="none") for side in sides]).mean(0)
+
+        heads = ("head_robust", "head_nonrobust", "head_recalibrated")
+        return {
+            **{f"mask_{kind}": functools.partial(around, kind) for kind in ("tau1", "detached")},
+            **{name: functools.partial(head, i) for i, name in enumerate(heads)},
+        }
 
     def draw_noise(self, x: Tensor, purpose: str) -> list[Tensor]:
         """Logistic noise [B, C, H, W] for each layer: this share's rows of the global batch's numbers."""

@@ -161,6 +161,18 @@ class RobustModule(LightningModule):
         if self.ema is not None:
             self.ema.restart()
 
+    def adaptive(self, x: Tensor, y: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Attacks made for this defense, as losses that an attacker who knows it would raise; none here.
+
+        Args:
+            x: Clean images [B, 3, H, W]; y: labels [B].
+
+        Returns:
+            {name: function of images [B, 3, H, W] to losses [B]}, in the nets' evaluation mode. What they find is
+            scored by ``logits``.
+        """
+        return {}
+
     # ---- one training step ------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:

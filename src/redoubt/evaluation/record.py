@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ import torch
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
+from redoubt.evaluation.audit import Audit, summary
 from redoubt.evaluation.kept import Kept
 from redoubt.evaluation.suite import Suite, suite
 from redoubt.evaluation.verdicts import Judge, accuracies, nrr
+from redoubt.reporting.figures import curve
 from redoubt.runs.files import read_json, write_bytes, write_json
 from redoubt.runs.identity import canonical
 from redoubt.training.distributed import ranks
@@ -95,13 +98,110 @@ def evaluate(
         progress=bool(tree["trainer"]["progress"]),
     )
     verdicts = judge(images, labels)
-    results = _results(name, chosen, attack, facts, verdicts, judge)
+    threat = {"norm": attack["norm"], "eps": attack["eps"]}
+    audit = _audit(folder, weights_id, threat) if folder is not None else {"audited": False}
+    results = _results(name, chosen, attack, facts, verdicts, judge, weights_id, audit)
     if on is not None:
         results["source"] = on.identity
     if folder is not None and ranks()[0] == 0:
         files = {n: judge.file(n).name for n in ("natural", *chosen.attacks)}
         _write(folder / name, results, verdicts, data, labels.numpy(), tree, files)
     return results
+
+
+def audited(
+    module: RobustModule,
+    data: ImageData,
+    tree: Mapping[str, Any],
+    keys: Mapping[str, Any],
+    *,
+    facts: Mapping[str, Any],
+    weights_id: str,
+    folder: Path,
+    source: Source | None,
+    device: torch.device,
+) -> tuple[dict[str, Any], Path]:
+    """Audits a module as the config says, or answers from what is stored; says so in its evaluations.
+
+    Args:
+        module: In evaluation; its weights are those to be audited.
+        data: The first ``audit.images`` of its test split are used.
+        tree: Resolved config: ``attack``, ``evaluation``, ``trainer.progress`` are read.
+        keys: The config's ``audit``.
+        facts: run, checkpoint and weights, by name.
+        weights_id: Stands for the very weights.
+        folder: The run's.
+        source: The natural twin, if transfer is to be checked.
+        device: Where to compute.
+
+    Returns:
+        The contents of audit.json, and its folder.
+    """
+    images, labels = (t[: int(keys["images"])] for t in data.arrays("test"))
+    seed = int(tree["evaluation"]["seed"])
+    decisive = canonical(
+        {
+            "attack": tree["attack"],
+            "audit": keys,
+            "seed": seed,
+            "weights": weights_id,
+            "source": source.identity if source else None,
+            "test": data.fingerprint("test"),
+            "balanced": data.limit_test is not None,
+            "n": len(labels),
+        }
+    )
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:10]
+    where = folder / "audit" / f"{facts['checkpoint'] if facts['checkpoint'] in ('last', 'best') else 'file'}-{digest}"
+    report = read_json(where / "audit.json")
+    if report is None:
+        began = time.monotonic()
+        run = Audit(
+            module.to(device),
+            images,
+            labels,
+            suite(tree["attack"]),
+            keys=keys,
+            seed=seed,
+            device=device,
+            source=source.module.to(device) if source else None,
+            progress=bool(tree["trainer"]["progress"]),
+        )
+        found = summary(run())
+        threat = {"norm": run.norm, "eps": run.eps}
+        marks = {"accuracy_over_eps": run.eps, "accuracy_over_iterations": None}
+        for name, columns in run.curves.items():
+            title = f"{name.replace('_', ' ')}\n{facts['run']}"
+            curve(where, name, columns, title=title, mark=marks[name])
+        report = {
+            **facts,
+            "threat": threat,
+            "weights_id": weights_id,
+            "n": len(labels),
+            **found,
+            "keys": keys,
+            "attack": tree["attack"],
+            "seconds": time.monotonic() - began,
+        }
+        write_json(where / "audit.json", report)
+    for path in (folder / "eval").glob("*/results.json"):
+        results = read_json(path)
+        if results is not None and results.get("weights_id") == weights_id and results["threat"] == report["threat"]:
+            write_json(path, {**results, **_audit(folder / "eval", weights_id, report["threat"])})
+    return report, where
+
+
+def _audit(folder: Path, weights_id: str, threat: Mapping[str, Any]) -> dict[str, Any]:
+    """What results.json says of audits of these weights under this threat: passed only if all of them passed."""
+    found = [(path, read_json(path)) for path in sorted((folder.parent / "audit").glob("*/audit.json"))]
+    of_these = [
+        (path.parent.name, report)
+        for path, report in found
+        if report is not None and report["weights_id"] == weights_id and report["threat"] == threat
+    ]
+    passed = bool(of_these) and all(report["passed"] for _, report in of_these)
+    failed = sorted({name for _, report in of_these for name in report["failed"]})
+    return {"audited": passed, "audits": [name for name, _ in of_these], "audit_failed": failed}
 
 
 def evaluation_name(tree: Mapping[str, Any], data: ImageData, weights: list[str]) -> str:
@@ -129,6 +229,8 @@ def _results(
     facts: Mapping[str, Any],
     verdicts: Mapping[str, np.ndarray],
     judge: Judge,
+    weights_id: str,
+    audit: Mapping[str, Any],
 ) -> dict[str, Any]:
     metrics: dict[str, dict[str, Any]] = dict(accuracies(verdicts))
     for n, outside in judge.outside.items():
@@ -149,7 +251,8 @@ def _results(
         "nrr": {k: nrr(natural, float(metrics[k]["accuracy"])) for k in _robust(metrics, chosen)},
         "train_seconds": facts["train_seconds"],
         "eval_seconds": judge.seconds,
-        "audited": False,
+        **audit,
+        "weights_id": weights_id,
     }
 
 

@@ -86,3 +86,20 @@ def rescored_table(scores: Mapping[str, Any], name: str) -> Table:
         cells = (str(entry["n"]), str(len(entry["changed"])), close, f"{entry['distance']:.6f}", eps)
         table.add_row(title(attack), *cells)
     return table
+
+
+def audit_table(report: Mapping[str, Any]) -> Table:
+    """An audit's checks: what was measured, and the largest value that passes."""
+    verdict = "passed" if report["passed"] else f"FAILED: {', '.join(report['failed'])}"
+    heading = f"Audit of {report['run']}, {report['n']} images{threat(report['threat'])}: {verdict}"
+    table = Table(title=heading, min_width=min(len(heading), 100))
+    for column in ("check", "measured", "limit", "", "what must hold"):
+        table.add_column(column, justify="right" if column in ("measured", "limit") else "left")
+    for check in report["checks"]:
+        numbers = ["-" if check[key] is None else f"{check[key]:.4g}" for key in ("value", "limit")]
+        passed = {True: "ok", False: "FAILED", None: "skipped"}[check["passed"]]
+        why = f" ({check['details']['why']})" if "why" in check["details"] else ""
+        table.add_row(
+            check["name"], *numbers, passed, check["rule"] + why, style="bold red" if check["passed"] is False else None
+        )
+    return table

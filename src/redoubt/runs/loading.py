@@ -25,6 +25,7 @@ def load(
     *,
     checkpoint: str = "last",
     weights: str | None = None,
+    compile: bool | None = None,
     outputs: str | Path = "outputs",
 ) -> RobustModule:
     """The module of a run or of an exported file, in evaluation mode on the CPU.
@@ -33,6 +34,7 @@ def load(
         source: A run, its folder or name, one of its checkpoint files, or a .safetensors file of ``export``.
         checkpoint: ``last`` or ``best``, where ``source`` is a run.
         weights: ``student``, ``ema`` or (CURE) ``revision``; what the run's config evaluates where None.
+        compile: Whether the net is compiled; as the run's config says where None.
         outputs: The store in which names are looked up.
 
     Raises:
@@ -55,6 +57,8 @@ def load(
         cfg.model.pretrained = False  # its weights follow: nothing is downloaded
     if weights is not None:
         cfg.evaluation.weights = weights
+    if compile is not None:
+        cfg.compile = compile
     module = build_module(cfg)
     restore(module, file)
     return module

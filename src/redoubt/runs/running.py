@@ -158,7 +158,7 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
     )
 
 
-def transfer_source(cfg: DictConfig, data: ImageData) -> Source:
+def transfer_source(cfg: DictConfig, data: ImageData, key: str = "attack.source") -> Source:
     """The net that ``attack.source`` names: ``auto`` is the natural one of the same cell, trained if need be.
 
     Raises:
@@ -181,10 +181,10 @@ def transfer_source(cfg: DictConfig, data: ImageData) -> Source:
             module = load(run)
     except UserError as error:
         text = str(error).removeprefix(f"run={wanted}: ").removeprefix(f"run={wanted!r}: ")
-        raise UserError(f"attack.source={wanted}: {text}") from error
+        raise UserError(f"{key}={wanted}: {text}") from error
     for name, own in (("num_classes", data.num_classes), ("image_size", data.image_size)):
         if getattr(module, name) != own:
-            raise UserError(f"attack.source={wanted}: its {name} is {getattr(module, name)}, the data's {own}")
+            raise UserError(f"{key}={wanted}: its {name} is {getattr(module, name)}, the data's {own}")
     return Source(module.eval(), weights_hash(module))
 
 

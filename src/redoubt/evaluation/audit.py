@@ -1,0 +1,486 @@
+"""Audit: checks that a robust accuracy is the net's, not the attack's weakness (false robustness, masked gradients).
+
+After Athalye et al. (2018), Carlini et al. (2019) and FSR's supplement (Figure S2). Each check measures one quantity
+and holds it against a threshold of the config; all of them stand in ``audit.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redoubt.attacks import PGD, Attack, AutoAttack, WhiteBox
+from redoubt.attacks.base import Draws
+from redoubt.attacks.geometry import BALLS
+from redoubt.defenses import RobustModule
+from redoubt.evaluation.suite import Suite
+from redoubt.evaluation.verdicts import full_precision, own_randomness
+from redoubt.nets import attack_mode
+from redoubt.rng import generator
+from redoubt.training.progress import Counter
+
+Logits = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Check:
+    """One check: what was measured, what it may be at most, and whether it passed (None: it does not apply here).
+
+    Args:
+        name: As in the table.
+        rule: What must hold, in words.
+        value: What was measured.
+        limit: The largest value that passes.
+        passed: Whether it does.
+        details: Whatever explains the value.
+        seconds: What it took.
+    """
+
+    name: str
+    rule: str
+    value: float | None = None
+    limit: float | None = None
+    passed: bool | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def judged(self, value: float, limit: float, **details: Any) -> Check:
+        """The check with its measurement; what is not a number fails."""
+        self.value, self.limit, self.passed = float(value), float(limit), bool(value <= limit)
+        self.details |= details
+        return self
+
+    def skipped(self, why: str, failed: bool = False) -> Check:
+        """The check where it cannot be made; ``failed`` where that itself is a failure."""
+        self.passed = False if failed else None
+        self.details["why"] = why
+        return self
+
+
+class Audit:
+    """The checks over some test images.
+
+    Args:
+        module: The net; its weights are those that were evaluated.
+        images: uint8 [N, 3, H, W]; labels: int64 [N].
+        suite: The attacks whose numbers are audited.
+        keys: Thresholds and efforts, the config's ``audit``.
+        seed: Of random starts and directions.
+        device: Where to compute; the module is there.
+        source: The natural twin for transfer, or None.
+        progress: Show how far it is.
+    """
+
+    def __init__(
+        self,
+        module: RobustModule,
+        images: Tensor,
+        labels: Tensor,
+        suite: Suite,
+        *,
+        keys: Mapping[str, Any],
+        seed: int,
+        device: torch.device,
+        source: RobustModule | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.module, self.suite, self.keys, self.seed, self.device = module, suite, keys, seed, device
+        self.source, self.progress = source, progress
+        self.x, self.y = images.to(device).float() / 255, labels.to(device)
+        self.n = len(labels)
+        self.norm = suite.norm
+        self.eps = float(suite.eps or 0.0)
+        self.curves: dict[str, dict[str, list[float]]] = {}
+        self.white: Tensor = torch.ones(self.n, dtype=torch.bool, device=device)
+        self.pgds = {
+            name: a for name, a in suite.attacks.items() if isinstance(a, WhiteBox) and name not in suite.on_source
+        }
+        iterative = {name: a for name, a in self.pgds.items() if a.steps > 1}
+        self.pgds = iterative or {
+            f"pgd100_{loss}": WhiteBox(eps=self.eps, norm=self.norm, loss=loss, steps=100, step=0.1)
+            for loss in ("ce", "margin")
+        }
+        self.differentiable, self.strongest = True, ""
+
+    CHECKS = (
+        "randomness", "probabilities", "zero_gradients", "white_box", "iterations", "restarts", "one_step", "noise",
+        "eps_curve", "iterations_curve", "black_box", "transfer", "adaptive", "finite_differences", "landscape",
+        "fsr_criteria",
+    )  # fmt: skip
+
+    def __call__(self) -> list[Check]:
+        """All checks, in the order in which later ones use what earlier ones have found."""
+        done: list[Check] = []
+        counter = Counter("auditing", len(self.CHECKS), enabled=self.progress)
+        with ExitStack() as stack:
+            for context in (counter, full_precision(), attack_mode(self.module)):
+                stack.enter_context(context)  # type: ignore[arg-type]
+            if self.source is not None:
+                stack.enter_context(attack_mode(self.source))
+            self.natural = self.right(self.x)
+            self.white = self.suite_white = self.natural.clone()
+            for name in self.CHECKS:
+                counter.note(name)
+                began = time.monotonic()
+                draws = generator(self.seed, f"audit/{name}", 0, device=self.device)
+                with own_randomness(self.seed, self.device):
+                    check: Check = getattr(self, name)(draws)
+                check.seconds = time.monotonic() - began
+                done.append(check)
+                counter.advance({})
+        self.done = done
+        return done
+
+    # ---- the net itself -----------------------------------------------------------------------------------------
+
+    def randomness(self, draws: torch.Generator) -> Check:
+        keys = self.keys["randomness"]
+        check = Check("randomness", "passes over the same images give the same logits (largest difference, relative)")
+        with torch.no_grad():
+            passes = [self.logits(self.x) for _ in range(int(keys["passes"]))]
+        scale = passes[0].abs().max().clamp_min(1.0)
+        spread = max(float(((z - passes[0]).abs().max() / scale).nan_to_num(torch.inf)) for z in passes[1:])
+        changed = torch.stack([z.argmax(1) != passes[0].argmax(1) for z in passes[1:]]).any(0).sum()
+        return check.judged(spread, keys["largest"], predictions_changed=int(changed), passes=len(passes))
+
+    def probabilities(self, draws: torch.Generator) -> Check:
+        check = Check("logits", "outputs are logits: rows in [0, 1] that sum to 1 are probabilities (share of rows)")
+        with torch.no_grad():
+            z = self.logits(self.x).double()
+        are = ((z >= 0) & (z <= 1)).all(1) & ((z.sum(1) - 1).abs() < 1e-3)
+        return check.judged(
+            float(are.double().mean()), self.keys["probabilities"]["share"], largest=float(z.abs().max())
+        )
+
+    def zero_gradients(self, draws: torch.Generator) -> Check:
+        keys = self.keys["zero_gradients"]
+        check = Check("gradients", "cross-entropy has a gradient at the images and at random starts (share without)")
+        points = [self.x]
+        for _ in range(int(keys["starts"])):
+            u = BALLS[self.norm].uniform(self.x.shape, draws, self.x) * self.eps
+            points.append((self.x + u).clamp(0, 1))
+        shares = []
+        for point in points:
+            gradient = self.gradient(point)
+            if gradient is None:
+                self.differentiable = False
+                return check.judged(1.0, keys["share"], why="the logits have no gradient at all")
+            shares.append(float((gradient.flatten(1).abs().amax(1) == 0).double().mean()))
+        return check.judged(max(shares), keys["share"], at_images=shares[0], at_random_starts=shares[1:])
+
+    def finite_differences(self, draws: torch.Generator) -> Check:
+        keys = self.keys["finite_differences"]
+        check = Check("finite differences", "slopes in float64 are autograd's (share of directions that differ)")
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        net = copy.deepcopy(self.module).double()
+        x, y, h = self.x[: int(keys["images"])].double(), self.y[: int(keys["images"])], float(keys["h"])
+        x = x.clamp(2 * h, 1 - 2 * h)  # what lies outside [0, 1] is no image
+
+        def loss(v: Tensor) -> Tensor:
+            return F.cross_entropy(net.logits(v), y, reduction="none")
+
+        point = x.clone().requires_grad_(True)
+        with attack_mode(net), torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(point).sum(), point)
+        wrong, total, worst = 0, 0, 0.0
+        with attack_mode(net), torch.no_grad():
+            for _ in range(int(keys["directions"])):
+                d = torch.randn(x.shape, generator=draws, device=x.device, dtype=x.dtype).sign()
+                slope = (gradient * d).flatten(1).sum(1)
+                measured = (loss(x + h * d) - loss(x - h * d)) / (2 * h)
+                scale = torch.maximum(slope.abs(), measured.abs()).clamp_min(1e-6)  # less is rounding
+                error = (slope - measured).abs() / scale
+                wrong += int((error > float(keys["tolerance"])).sum())
+                total += len(y)
+                worst = max(worst, float(error.max()))
+        return check.judged(wrong / total, keys["share"], largest_relative_error=worst, directions=total)
+
+    def landscape(self, draws: torch.Generator) -> Check:
+        keys = self.keys["landscape"]
+        check = Check(
+            "loss landscape", "gradients a little apart point alike (share of images with a smaller cosine than asked)"
+        )
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        u = BALLS[self.norm].uniform(self.x.shape, draws, self.x) * self.eps * float(keys["radius"])
+        here, there = self.gradient(self.x), self.gradient((self.x + u).clamp(0, 1))
+        assert here is not None
+        assert there is not None
+        cosine = F.cosine_similarity(here.flatten(1).double(), there.flatten(1).double(), dim=1, eps=1e-300)
+        return check.judged(
+            float((cosine < float(keys["cosine"])).double().mean()), keys["share"], median_cosine=float(cosine.median())
+        )
+
+    # ---- white box ----------------------------------------------------------------------------------------------
+
+    def white_box(self, draws: torch.Generator) -> Check:
+        """The suite's PGDs, which all later checks compare with; the strongest of them."""
+        check = Check("white box", "the suite's attacks by gradient run on these images")
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        found = {name: self.under(attack, name) for name, attack in self.pgds.items()}
+        self.strongest = min(found, key=lambda name: int(found[name].sum()))
+        for right in found.values():
+            self.white &= right
+        self.suite_white = self.white.clone()
+        accuracies = {name: self.share(right) for name, right in found.items()}
+        check.passed = True
+        check.details = {"natural": self.share(self.natural), **accuracies, "strongest": self.strongest}
+        check.details["union"] = self.share(self.white)
+        return check
+
+    def iterations(self, draws: torch.Generator) -> Check:
+        keys = self.keys["iterations"]
+        steps = int(keys["factor"]) * max(int(keys["least"]), self.reference.steps)
+        return self.more("iterations", f"{steps} iterations break no more than the suite's PGDs (share gained)", keys,
+                         {f"{self.reference.loss}_{steps}": self.variant(steps=steps)})  # fmt: skip
+
+    def restarts(self, draws: torch.Generator) -> Check:
+        keys = self.keys["restarts"]
+        more = {
+            f"{loss}_{keys['steps']}x{keys['more']}": self.variant(
+                loss=loss, steps=int(keys["steps"]), start="uniform", restarts=int(keys["more"])
+            )
+            for loss in dict.fromkeys([self.reference.loss, "margin"])
+        }
+        return self.more("restarts", f"{keys['more']} random restarts more break no more (share gained)", keys, more)
+
+    def adaptive(self, draws: torch.Generator) -> Check:
+        keys = self.keys["adaptive"]
+        check = Check("adaptive", "attacks made for this defense break no more than PGD (share gained)")
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        losses = self.module.adaptive(self.x[:1], self.y[:1])
+        if not losses:
+            return check.skipped("this defense names no attack of its own")
+        pgd = PGD(eps=self.eps, norm=self.norm, steps=int(keys["steps"]), step=float(keys["step"]), start="uniform")
+        rows = self.white.nonzero()[:, 0]
+        union, found = self.white.clone(), {}
+        if len(rows):
+            x, y = self.x[rows], self.y[rows]
+            for name, loss in self.module.adaptive(x, y).items():
+                start = pgd.start_point(x, generator=draws)
+                right = self.right(pgd(loss, x, start=start), y)
+                found[name] = self.share(self.white) - float(right.sum()) / self.n
+                union[rows] &= right
+        gained = int(self.white.sum()) - int(union.sum())
+        return check.judged(gained / self.n, self.allowed(keys), gained=found, union=self.share(union))
+
+    def more(self, name: str, rule: str, keys: Mapping[str, Any], attacks: Mapping[str, Attack]) -> Check:
+        """Whether more effort breaks more of what still stands; what it breaks counts as broken from then on."""
+        check = Check(name, rule)
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        before = int(self.suite_white.sum())
+        left = self.suite_white.clone()
+        for label, attack in attacks.items():
+            rows = left.nonzero()[:, 0]
+            if len(rows):
+                left[rows] &= self.under(attack, f"{name}/{label}", rows)
+            check.details[label] = self.share(left)
+        self.white &= left
+        return check.judged((before - int(left.sum())) / self.n, self.allowed(keys), suite=before / self.n)
+
+    # ---- what must not be stronger ----------------------------------------------------------------------------
+
+    def one_step(self, draws: torch.Generator) -> Check:
+        check = Check("one step", "one step breaks nothing that PGD misses (share of images)")
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        found = {
+            f"{loss}_{step:g}": self.under(
+                WhiteBox(eps=self.eps, norm=self.norm, loss=loss, steps=1, step_abs=self.eps * step, start=start),
+                f"one_step/{loss}/{step}",
+            )
+            for loss in ("ce", "margin")
+            for step, start in ((1.0, "none"), (0.5, "uniform"), (1.25, "uniform"))
+        }
+        broken = ~torch.stack(list(found.values())).all(0)
+        self.single = found["ce_1"] & self.natural
+        accuracies = {name: self.share(right) for name, right in found.items()}
+        return check.judged(self.share(broken & self.white), self.keys["one_step"]["share"], **accuracies)
+
+    def noise(self, draws: torch.Generator) -> Check:
+        keys = self.keys["noise"]
+        check = Check("random noise", "noise in the ball breaks nothing that PGD misses (share of images)")
+        left = self.white.clone()
+        for i in range(int(keys["draws"])):
+            u = BALLS[self.norm].uniform(self.x.shape, draws, self.x)
+            if self.norm == "linf" and i % 2:
+                u = u.sign()  # the corners of the ball
+            left &= self.right((self.x + self.eps * u).clamp(0, 1))
+        gained = self.white & ~left
+        return check.judged(self.share(gained), keys["share"], images=gained.nonzero()[:, 0].tolist()[:20])
+
+    def black_box(self, draws: torch.Generator) -> Check:
+        keys = self.keys["black_box"]
+        check = Check("black box", "Square, which only asks for logits, is not stronger than PGD (share gained)")
+        square = AutoAttack(eps=self.eps, norm=self.norm, version=["square"], queries=int(keys["queries"]))
+        self.queried = self.under(square, "square") & self.natural
+        gain = int(self.white.sum()) - int(self.queried.sum())
+        return check.judged(
+            max(0, gain) / self.n, float(keys["examples"]) / self.n, square=self.share(self.queried),
+            pgd=self.share(self.white), broken_by_square_alone=int((self.white & ~self.queried).sum()),
+        )  # fmt: skip
+
+    def transfer(self, draws: torch.Generator) -> Check:
+        keys = self.keys["transfer"]
+        check = Check("transfer", "examples of the natural twin are not stronger than PGD (share gained)")
+        self.transferred = self.natural
+        if self.source is None:
+            return check.skipped("audit.source=null: there is no twin")
+        source = self.source
+        attack = WhiteBox(eps=self.eps, norm=self.norm, steps=50, step=0.1, keep_best=False)
+        adv = attack(
+            lambda v: source.logits(v.contiguous(memory_format=source.format)), self.x, self.y, self.draws("transfer")
+        )
+        assert isinstance(adv, Tensor)
+        self.transferred = self.right(adv) & self.natural
+        gain = int(self.white.sum()) - int(self.transferred.sum())
+        return check.judged(
+            max(0, gain) / self.n, float(keys["examples"]) / self.n, transfer=self.share(self.transferred),
+            pgd=self.share(self.white), broken_by_transfer_alone=int((self.white & ~self.transferred).sum()),
+        )  # fmt: skip
+
+    # ---- curves: FSR's Figure S2 ----------------------------------------------------------------------------------
+
+    def eps_curve(self, draws: torch.Generator) -> Check:
+        keys = self.keys["eps_curve"]
+        check = Check("accuracy over eps", "accuracy rises nowhere as eps grows, and ends at a guess or below")
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        # Another norm's distances are in proportion to its threat model's.
+        unit = 1 / 255 if self.norm == "linf" else self.eps / 8
+        grid = [float(e) * unit for e in keys["eps"]]
+        adv, accuracies = self.x, []
+        for eps in grid:
+            if eps:
+                pgd = PGD(eps=eps, norm=self.norm, steps=int(keys["steps"]), step=float(keys["step"]), start="uniform")
+                start = pgd.start_point(self.x, generator=draws) if adv is self.x else adv
+                adv = pgd(self.cross_entropy, self.x, start=start)
+            accuracies.append(self.share(self.right(adv)))
+        self.curves["accuracy_over_eps"] = {"eps": grid, "accuracy": accuracies}
+        rise = max((b - a for a, b in itertools.pairwise(accuracies)), default=0.0)
+        allowed = max(float(keys["points"]) / 100, float(keys["examples"]) / self.n)
+        guess = float(torch.bincount(self.y).max()) / self.n
+        late = [a for e, a in zip(keys["eps"], accuracies, strict=True) if float(e) >= float(keys["guessing"])]
+        check.judged(max(0.0, rise), allowed, eps=grid, accuracy=accuracies, largest_class=guess)
+        if late and max(late) > guess:
+            check.passed = False
+            check.details["why"] = f"{max(late):.4f} at a large eps, the largest class has {guess:.4f}"
+        return check
+
+    def iterations_curve(self, draws: torch.Generator) -> Check:
+        keys = self.keys["iterations_curve"]
+        check = Check("accuracy over iterations", "accuracy rises nowhere as PGD goes on")
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        pgd = PGD(eps=self.eps, norm=self.norm, steps=max(keys["steps"]), step=float(keys["step"]), start="uniform")
+        adv, done, accuracies = self.x, 0, []
+        for steps in sorted(int(s) for s in keys["steps"]):
+            adv = pgd(self.cross_entropy, self.x, start=adv, steps=steps - done)
+            done = steps
+            accuracies.append(self.share(self.right(adv)))
+        self.curves["accuracy_over_iterations"] = {"iterations": sorted(keys["steps"]), "accuracy": accuracies}
+        rise = max((b - a for a, b in itertools.pairwise(accuracies)), default=0.0)
+        allowed = max(float(keys["points"]) / 100, float(keys["examples"]) / self.n)
+        return check.judged(max(0.0, rise), allowed, iterations=sorted(keys["steps"]), accuracy=accuracies)
+
+    def fsr_criteria(self, draws: torch.Generator) -> Check:
+        """FSR's own three: iterative beats one-step, white box beats black box, without a bound nothing stands."""
+        keys = self.keys["fsr_criteria"]
+        check = Check("FSR's criteria", "iterations beat one step, white box beats black, accuracy falls to 0 (missed)")
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        black = self.queried & self.transferred
+        last = self.curves["accuracy_over_eps"]["accuracy"][-1]
+        met = {
+            "iterative_beats_one_step": self.share(self.suite_white) <= self.share(self.single),
+            "white_box_beats_black_box": self.share(self.white) <= self.share(black),
+            "accuracy_falls_to_zero": last <= float(keys["unbounded"]),
+        }
+        return check.judged(
+            float(sum(not m for m in met.values())), 0.0, **met, one_step=self.share(self.single),
+            iterative=self.share(self.suite_white), black_box=self.share(black), white_box=self.share(self.white),
+            largest_eps=last,
+        )  # fmt: skip
+
+    # ---- pieces ----------------------------------------------------------------------------------------------------
+
+    @property
+    def reference(self) -> WhiteBox:
+        """The strongest PGD of the suite."""
+        return self.pgds[self.strongest] if self.strongest else next(iter(self.pgds.values()))
+
+    def variant(self, **changes: Any) -> WhiteBox:
+        """The strongest PGD with other options; its step size is kept."""
+        own = self.reference
+        options: dict[str, Any] = {
+            "eps": self.eps, "norm": self.norm, "loss": own.loss, "kappa": own.kappa, "steps": own.steps,
+            "start": own.pgd.start, "eot": own.eot, "keep_best": own.keep_best, **changes,
+        }  # fmt: skip
+        return WhiteBox(step_abs=min(own.pgd.step_size, self.eps / 4), **options)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.module.logits(x.contiguous(memory_format=self.module.format))
+
+    def cross_entropy(self, x: Tensor) -> Tensor:
+        """Of all images, attacked ones [B, 3, H, W] -> [B]."""
+        return F.cross_entropy(self.logits(x), self.y, reduction="none")
+
+    def right(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Which images are classified correctly, bool [B]."""
+        with torch.no_grad():
+            z = self.logits(x)
+        return (z.argmax(1) == (self.y if y is None else y)) & z.isfinite().all(1)
+
+    def gradient(self, x: Tensor) -> Tensor | None:
+        """Gradient of the cross-entropy [B, 3, H, W], or None where the graph is cut."""
+        x = x.detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            z = self.logits(x)
+            if not z.requires_grad:
+                return None
+            loss = F.cross_entropy(z, self.y[: len(x)], reduction="sum")
+            return torch.autograd.grad(loss, x, allow_unused=True)[0]
+
+    def draws(self, name: str) -> Draws:
+        return Draws(self.seed, f"audit/{name}", 0, self.device)
+
+    def under(self, attack: Attack, name: str, rows: Tensor | None = None) -> Tensor:
+        """Which images (of the rows) an attack leaves right, bool."""
+        x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
+        with own_randomness(self.draws(name).library_seed, self.device):
+            found = attack(self.logits, x, y, self.draws(name))
+        adv, broken = found if isinstance(found, tuple) else (found, None)
+        right = self.right(adv, y)
+        return right if broken is None else right & ~broken
+
+    def share(self, flags: Tensor) -> float:
+        """Of all images."""
+        return int(flags.sum()) / self.n
+
+    def allowed(self, keys: Mapping[str, Any]) -> float:
+        """The larger of some points and some examples, as a share."""
+        return max(float(keys["points"]) / 100, float(keys["examples"]) / self.n)
+
+
+def summary(checks: list[Check]) -> dict[str, Any]:
+    """What audit.json says of the checks."""
+    failed = [check.name for check in checks if check.passed is False]
+    return {
+        "passed": not failed,
+        "failed": failed,
+        "skipped": [check.name for check in checks if check.passed is None],
+        "checks": [asdict(check) for check in checks],
+    }

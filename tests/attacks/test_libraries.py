@@ -1,0 +1,473 @@
+"""AutoAttack, torchattacks and foolbox through the Judge: example by example the libraries' own results."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from redoubt.attacks import AutoAttack, Foolbox, TorchAttacks
+from redoubt.attacks import libraries as adapters
+from redoubt.attacks.base import library_seed
+from redoubt.errors import UserError
+from redoubt.evaluation.suite import Suite
+from redoubt.evaluation.verdicts import Judge, distances
+
+pyautoattack = pytest.importorskip("pyautoattack")
+torchattacks = pytest.importorskip("torchattacks")
+foolbox = pytest.importorskip("foolbox")
+
+CPU = torch.device("cpu")
+EPS = {"linf": 0.02, "l2": 0.2}
+
+
+class Net(nn.Module):
+    """A small net with kinks, and gradients that are not those of a linear one."""
+
+    format = torch.contiguous_format
+
+    def __init__(self, k=5, size=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(3, 6, 3, stride=2), nn.Linear(6 * ((size - 1) // 2) ** 2, k)
+        self.requires_grad_(False)
+
+    def logits(self, x):
+        return 4 * self.fc(torch.relu(4 * self.conv(x - 0.5)).flatten(1))
+
+    def forward(self, x):
+        return self.logits(x)
+
+
+def pictures(net, n, size=8):
+    """Images and the labels that the net gives them, every fourth wrong."""
+    g = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+    z = net.logits(images.float() / 255)
+    labels = z.argmax(1)
+    labels[::4] = (labels[::4] + 1) % z.shape[1]
+    return images, labels
+
+
+def judged(attack, k=5, n=7, chunk=3, norm="linf", seed=5, bounded=True, eps=None):
+    """The Judge's verdicts, what the attack returned chunk by chunk, images, labels, the Judge."""
+    net = Net(k)
+    images, labels = pictures(net, n)
+    returned = []
+
+    class Watched(type(attack)):
+        def __call__(self, logits, x, y, draws):
+            found = super().__call__(logits, x, y, draws)
+            returned.append((found[0] if isinstance(found, tuple) else found).detach().clone())
+            return found
+
+    attack.__class__ = Watched
+    suite = Suite(attacks={"a": attack}, norm=norm, eps=EPS[norm] if eps is None else eps, bounded=bounded)
+    judge = Judge(net, suite, chunk=chunk, seed=seed, device=CPU, progress=False)
+    return judge(images, labels)["a"], returned, images, labels, judge
+
+
+def chunks(images, labels, chunk):
+    for number, start in enumerate(range(0, len(labels), chunk)):
+        yield number, images[start : start + chunk].float() / 255, labels[start : start + chunk]
+
+
+def seeded(seed, function):
+    """As every chunk begins, then everything as it was."""
+    with torch.random.fork_rng(devices=[]):
+        states = random.getstate(), np.random.get_state()
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        found = function()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    return found
+
+
+# ---- AutoAttack -------------------------------------------------------------------------------------------------
+
+
+def autoattack_by_hand(net, images, labels, k, chunk, norm, seed, prepare=lambda attack: None, **options):
+    right, advs = [], []
+    for number, x, y in chunks(images, labels, chunk):
+        attack = pyautoattack.AutoAttack(
+            net,
+            norm={"linf": "Linf", "l2": "L2"}[norm],
+            eps=EPS[norm],
+            seed=library_seed(seed, number),
+            device="cpu",
+            **options,
+        )
+        if k < 10:
+            attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = k - 1
+        prepare(attack)
+        adv, label = seeded(0, lambda a=attack, x=x, y=y: a.run_standard_evaluation(x, y, batch_size=chunk))
+        right.append(label == y)
+        advs.append(adv)
+    return torch.cat(right).numpy(), advs
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("k", [5, 10])
+def test_autoattack_standard_is_pyautoattack_on_each_chunk(k, norm):
+    """With 10 classes nothing at all is set by hand but norm, eps and seed."""
+    found, returned, images, labels, judge = judged(
+        AutoAttack(eps=EPS[norm], norm=norm, queries=5000 if k == 10 else 150), k, norm=norm
+    )
+    prepare = (lambda a: None) if k == 10 else (lambda a: setattr(a.square, "n_queries", 150))
+    wanted, advs = autoattack_by_hand(Net(k), images, labels, k, 3, norm, 5, prepare, version="standard")
+    np.testing.assert_array_equal(found, wanted)
+    assert [len(adv) for adv in returned] == [3, 3, 1]
+    assert all(torch.equal(a, b) for a, b in zip(returned, advs, strict=True))
+    moved = sum((distances(adv, x, norm) > 0).sum() for adv, (_, x, _) in zip(advs, chunks(images, labels, 3)))
+    assert moved
+    assert judge.outside == {"natural": 0, "a": 0}
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_a_list_of_attacks_has_one_start_each(k):
+    attack = AutoAttack(eps=EPS["linf"], version=["apgd-ce", "square"], queries=40)
+    assert attack.cost == 1800.0
+    found, returned, images, labels, _ = judged(attack, k, n=8)
+
+    def prepare(attack):
+        attack.apgd.n_restarts, attack.square.n_queries = 1, 40
+
+    wanted, advs = autoattack_by_hand(
+        Net(k), images, labels, k, 3, "linf", 5, prepare, version="custom", attacks=["apgd-ce", "square"]
+    )
+    np.testing.assert_array_equal(found, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(returned, advs, strict=True))
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_with_up_to_three_classes_standard_is_apgd_ce_and_square(k):
+    standard = judged(AutoAttack(eps=EPS["linf"], queries=60), k)
+    listed = judged(AutoAttack(eps=EPS["linf"], queries=60, version=["apgd-ce", "square"]), k)
+    np.testing.assert_array_equal(standard[0], listed[0])
+    assert all(torch.equal(a, b) for a, b in zip(standard[1], listed[1], strict=True))
+
+
+@pytest.mark.xfail(reason="an AutoAttack none of whose attacks is defined attacks nothing, without a word", strict=True)
+@pytest.mark.parametrize("version", [["apgd-dlr"], ["fab"], ["fab-t"], ["apgd-t"]], ids=str)
+def test_attacks_that_three_classes_do_not_have_are_refused(version):
+    with pytest.raises(UserError, match="classes"):
+        judged(AutoAttack(eps=EPS["linf"], version=version), 3)
+
+
+@pytest.mark.parametrize(
+    ("version", "k"), [("apgd-dlr", 5), ("fab", 5), (["apgd-t", "fab-t"], 5), ("rand", 3), ("square", 5)], ids=str
+)
+def test_other_versions_run_within_the_ball(version, k):
+    attack = AutoAttack(eps=EPS["linf"], version=version, queries=20)
+    assert attack.needs_gradients is (version != "square")
+    found, returned, images, labels, _ = judged(attack, k, n=4)
+    clean = (Net(k).logits(images.float() / 255).argmax(1) == labels).numpy()
+    assert not (found & ~clean).any()
+    assert (distances(torch.cat(returned), images.float() / 255, "linf") <= EPS["linf"] + 1e-6).all()
+
+
+def test_queries_are_square_s():
+    few, many = (judged(AutoAttack(eps=EPS["linf"], version="square", queries=q), n=24)[0] for q in (2, 400))
+    assert many.sum() < few.sum()
+
+
+def test_another_seed_or_chunk_gives_other_examples():
+    base, seed, chunk = (
+        judged(AutoAttack(eps=EPS["linf"], version="square", queries=9), n=6, **kw)[1]
+        for kw in ({}, {"seed": 6}, {"chunk": 6})
+    )
+    assert not torch.equal(torch.cat(base), torch.cat(seed))
+    assert not torch.equal(torch.cat(base), torch.cat(chunk))
+
+
+def test_warnings_come_once_and_the_loggers_are_restored(caplog, monkeypatch):
+    monkeypatch.setattr(adapters._Once, "seen", set())
+    monkeypatch.setattr(Net, "logits", lambda self, x: 1e6 * self.fc(self.conv(x).flatten(1)))  # no slope in float32
+    theirs = logging.getLogger("auto-attack")
+    before = theirs.propagate, theirs.level, list(theirs.handlers)
+    with caplog.at_level(logging.DEBUG):
+        for _ in range(2):
+            judged(AutoAttack(eps=EPS["linf"], version="apgd-ce"))
+    said = [r for r in caplog.records if "gradient" in r.getMessage()]
+    assert len(said) == 1, [r.getMessage() for r in caplog.records]
+    assert said[0].name == "redoubt"
+    assert said[0].getMessage().startswith("AutoAttack: ")
+    assert all(r.levelno >= logging.WARNING for r in caplog.records)
+    assert (theirs.propagate, theirs.level, list(theirs.handlers)) == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"version": "standart"}, "did you mean standard"),
+        ({"version": ["apgd-ce", "squared"]}, "did you mean square"),
+        ({"version": []}, "names no attack"),
+        ({"queries": 0}, "queries=0 must be at least 1"),
+        ({"eps": "x"}, "eps='x'"),
+    ],
+)
+def test_what_autoattack_refuses(wrong, says):
+    refused(lambda: AutoAttack(**{"eps": 0.1, **wrong}), says)
+
+
+def refused(call, *says):
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    for part in says:
+        assert part in str(error.value), str(error.value)
+
+
+# ---- torchattacks -----------------------------------------------------------------------------------------------
+
+#: Options that keep them short; alpha as we give it.
+BOUNDED = {
+    "FGSM": {},
+    "PGD": {"steps": 4},
+    "MIFGSM": {"steps": 4},
+    "DIFGSM": {"steps": 4, "decay": 1.0},
+    "TIFGSM": {"steps": 4},
+    "NIFGSM": {"steps": 4},
+    "VMIFGSM": {"steps": 3, "N": 2},
+    "Square": {"n_queries": 30},
+    "SPSA": {"nb_iter": 2, "nb_sample": 8},
+}
+FREE = {"CW": {"steps": 15, "c": 5.0, "lr": 0.02}, "Pixle": {"max_iterations": 3, "restarts": 3}}
+
+
+def by_hand(name, images, labels, chunk=3, seed=5, **options):
+    advs = []
+    for number, x, y in chunks(images, labels, chunk):
+        digits = library_seed(seed, number)
+        own = {"seed": digits} if name in ("Square", "FAB", "APGD") else {}
+        attack = getattr(torchattacks, name)(Net().eval(), **options, **own)
+        advs.append(seeded(digits, lambda a=attack, x=x, y=y: a(x, y)))
+    return torch.cat(advs)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_bounded_class_of_torchattacks(name):
+    attack = TorchAttacks(name=name, eps="5.1/255", options=BOUNDED[name])
+    assert (attack.eps, attack.norm, attack.name) == (0.02, "linf", name.lower())
+    assert attack.needs_gradients is (name not in ("Square", "SPSA"))
+    found, returned, images, labels, judge = judged(attack, n=11)
+    options = {"eps": 0.02, **BOUNDED[name]}
+    if "FGSM" in name and name != "FGSM" or name == "PGD":
+        options["alpha"] = 0.005
+    wanted = by_hand(name, images, labels, **options)
+    assert torch.equal(torch.cat(returned), wanted)
+    np.testing.assert_array_equal(found, (Net().logits(wanted).argmax(1) == labels).numpy())
+    assert distances(wanted, images.float() / 255, "linf").max() <= 0.02 + 1e-6
+    assert judge.outside["a"] == 0
+    natural = (Net().logits(images.float() / 255).argmax(1) == labels).numpy()
+    assert 0 < found.sum() <= natural.sum()
+    if name != "SPSA":
+        assert found.sum() < natural.sum()
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_free_search_counts_within_the_ball_only(name):
+    wide = judged(TorchAttacks(name=name, eps=0.02, options=FREE[name]), n=15, bounded=False)
+    found, returned, images, labels, judge = wide
+    adv, x = torch.cat(returned), images.float() / 255
+    assert torch.equal(adv, by_hand(name, images, labels, **FREE[name]))
+    all_count = (Net().logits(adv).argmax(1) == labels).numpy()
+    np.testing.assert_array_equal(found, all_count)
+    assert judge.outside["a"] == 0
+    clean = (Net().logits(x).argmax(1) == labels).numpy()
+    far = distances(adv, x, "linf")
+    eps = float(far[torch.from_numpy(clean & ~all_count)].median()) + 1e-5  # half of what it breaks is within
+    outside = (far > eps).numpy()
+    attack = TorchAttacks(name=name, eps=eps, options=FREE[name])
+    assert attack.eps is None
+    found, _, _, _, judge = judged(attack, n=15, eps=eps)
+    np.testing.assert_array_equal(found, np.where(outside, clean, all_count))
+    assert judge.outside["a"] == outside.sum() > 0
+    assert all_count.sum() < found.sum() < clean.sum()
+
+
+def test_every_class_that_runs_keeps_its_bound_or_is_refused_in_one_line():
+    """Whatever the class: a verdict under the rules of the suite, or one line."""
+    kinds = vars(torchattacks)
+    names = [n for n, c in kinds.items() if isinstance(c, type) and issubclass(c, torchattacks.attack.Attack)]
+    ran = []
+    for name in sorted({*names} - {*TorchAttacks.REFUSED, "Attack", "SparseFool"}):
+        takes = kinds[name].__init__.__code__.co_varnames
+        options = {"steps": 2} if "steps" in takes else {"n_queries": 5} if "n_queries" in takes else {}
+        try:
+            judged(TorchAttacks(name=name, eps=0.02, options=options), n=4, chunk=4)
+            ran.append(name)
+        except UserError as error:
+            assert "\n" not in str(error), name
+    assert {*BOUNDED, *FREE, "APGD", "FAB", "DeepFool", "BIM", "EOTPGD", "Jitter", "UPGD", "SINIFGSM"} <= {*ran}
+
+
+def test_alpha_norm_and_options_reach_the_class():
+    assert TorchAttacks(name="PGD", eps=0.1).options == {"eps": 0.1, "alpha": 0.025}
+    given = TorchAttacks(name="DIFGSM", eps="8/255", options={"alpha": "2/255", "steps": 7, "decay": 1.0})
+    assert given.options == {"alpha": 2 / 255, "steps": 7, "decay": 1.0, "eps": 8 / 255}
+    assert given.cost == 7
+    made = given._made(Net(), CPU, 0)
+    assert (made.alpha, made.steps, made.decay, made.eps) == (2 / 255, 7, 1.0, 8 / 255)
+    assert TorchAttacks(name="APGD", eps=0.2, norm="l2").options["norm"] == "L2"
+    assert TorchAttacks(name="PGDL2", eps=0.2, norm="l2").eps == 0.2
+    assert TorchAttacks(name="PGD", eps=0.2, norm="l2").eps is None  # a search without a bound of this norm
+    seeded_by_user = TorchAttacks(name="Square", eps=0.1, options={"seed": 3})
+    assert seeded_by_user._made(Net(), CPU, 9).seed == 3
+    assert TorchAttacks(name="Square", eps=0.1)._made(Net(), CPU, 9).seed == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"name": "AutoAttack"}, ["AutoAttack", "attack=autoattack"]),
+        ({"name": "MultiAttack"}, ["MultiAttack", "write a suite"]),
+        ({"name": "LGV"}, ["LGV", "trains nets"]),
+        ({"name": "VANILA"}, ["VANILA", "attacks nothing"]),
+        ({"name": "DIFGMS"}, ["name='DIFGMS'", "did you mean DIFGSM", "There are APGD, APGDT, BIM, CW"]),
+        ({"name": "Attack"}, ["name='Attack'"]),
+        ({"name": "PGD", "options": {"step": 3}}, ["options.step ", "did you mean steps", "alpha"]),
+        ({"name": "PGD", "options": {"eps": 0.5}}, ["options.eps", "attack.eps"]),
+        ({"name": "PGD", "options": {"alpha": "2/0"}}, ["alpha='2/0'"]),
+        ({"name": "PGD", "eps": "much"}, ["eps='much'"]),
+    ],
+    ids=str,
+)
+def test_what_torchattacks_refuses(options, says):
+    refused(lambda: TorchAttacks(**{"eps": 0.1, **options}), *says)
+
+
+@pytest.mark.xfail(
+    reason="float(steps) lies outside of the try: a ValueError or TypeError with a traceback", strict=True
+)
+@pytest.mark.parametrize("steps", ["abc", None])
+@pytest.mark.parametrize("kind", [TorchAttacks, Foolbox])
+def test_steps_that_are_no_number_are_one_line(kind, steps):
+    if kind is Foolbox and steps is None:
+        raise UserError("foolbox takes it at its word")  # not asked
+    kind(name="PGD" if kind is TorchAttacks else "LinfPGD", eps=0.1, options={"steps": steps})
+
+
+def test_an_exception_of_the_library_is_one_line(monkeypatch):
+    refused(lambda: judged(TorchAttacks(name="APGDT", eps=0.02), k=5), "torchattacks.APGDT failed", "IndexError")
+
+    def ask_much(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torchattacks.PGD, "forward", ask_much)
+    with pytest.raises(torch.OutOfMemoryError):  # that is not the library's fault, and has a line of its own
+        judged(TorchAttacks(name="PGD", eps=0.02))
+    monkeypatch.setattr(foolbox.attacks.LinfPGD, "run", lambda *a, **k: 1 / 0)
+    refused(lambda: judged(Foolbox(name="LinfPGD", eps=0.02)), "foolbox.attacks.Linf", "failed", "ZeroDivisionError")
+
+
+def test_a_search_that_ends_in_nan_has_found_nothing(monkeypatch):
+    true = torchattacks.FGSM.forward
+    monkeypatch.setattr(torchattacks.FGSM, "forward", lambda self, x, y: true(self, x, y) * float("nan"))
+    found, returned, images, labels, _ = judged(TorchAttacks(name="FGSM", eps=0.02))
+    assert torch.equal(torch.cat(returned), images.float() / 255)
+    np.testing.assert_array_equal(found, (Net().logits(images.float() / 255).argmax(1) == labels).numpy())
+
+
+# ---- foolbox ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "options"),
+    [
+        ("LinfPGD", "linf", {"steps": 6}),
+        ("LinfDeepFoolAttack", "linf", {"steps": 10}),
+        ("L2PGD", "l2", {"steps": 6}),
+        ("L2DeepFoolAttack", "l2", None),
+    ],
+)
+def test_a_class_of_foolbox(name, norm, options):
+    eps = EPS[norm]
+    attack = Foolbox(name=name, eps=eps, norm=norm, options=options)
+    assert (attack.eps, attack.norm, attack.name) == (eps, norm, name.lower())
+    found, returned, images, labels, judge = judged(attack, n=11, norm=norm)
+    wanted = []
+    for number, x, y in chunks(images, labels, 3):
+        net = foolbox.PyTorchModel(Net().eval(), bounds=(0, 1), device="cpu")
+        kind = getattr(foolbox.attacks, name)(**(options or {}))
+        wanted.append(seeded(library_seed(5, number), lambda k=kind, n=net, x=x, y=y: k(n, x, y, epsilons=eps)[1]))
+    wanted = torch.cat(wanted)
+    assert torch.equal(torch.cat(returned), wanted)
+    np.testing.assert_array_equal(found, (Net().logits(wanted).argmax(1) == labels).numpy())
+    natural = (Net().logits(images.float() / 255).argmax(1) == labels).sum()
+    assert 0 < found.sum() < natural
+    assert distances(wanted, images.float() / 255, norm).max() <= eps + 1e-6
+    assert judge.outside["a"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"name": "LinfPGD", "norm": "l2"}, ["name=LinfPGD", "Linf", "suite l2"]),
+        ({"name": "L2DeepFoolAttack"}, ["name=L2DeepFoolAttack", "L2", "threat=linf"]),
+        ({"name": "LinfPDG"}, ["name='LinfPDG'", "did you mean LinfPGD", "LinfDeepFoolAttack"]),
+        ({"name": "LinfPGD", "options": {"stepz": 1}}, ["LinfPGD", "stepz"]),
+        ({"name": "LinfPGD", "eps": "x"}, ["eps='x'"]),
+    ],
+    ids=str,
+)
+def test_what_foolbox_refuses(options, says):
+    refused(lambda: Foolbox(**{"eps": 0.1, **options}), *says)
+
+
+# ---- all of them ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "extra"),
+    [
+        (lambda: AutoAttack(eps=0.1), "pyautoattack", "attacks"),
+        (lambda: TorchAttacks(name="PGD", eps=0.1), "torchattacks", "attacks"),
+        (lambda: Foolbox(name="LinfPGD", eps=0.1), "foolbox", "foolbox"),
+    ],
+    ids=["pyautoattack", "torchattacks", "foolbox"],
+)
+def test_a_library_that_is_not_there(make, module, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    refused(make, f"{module} is not installed", f"pip install 'redoubt[{extra}]'")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        AutoAttack(eps=0.02, version=["apgd-ce", "square"], queries=5),
+        TorchAttacks(name="PGD", eps=0.02, options={"steps": 1}),
+        TorchAttacks(name="Pixle", eps=0.02, options=FREE["Pixle"]),
+        Foolbox(name="LinfPGD", eps=0.02, options={"steps": 1}),
+    ],
+    ids=lambda a: getattr(a, "name", "autoattack"),
+)
+def test_nobody_s_random_numbers_are_touched(attack):
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    net = Net()
+    images, labels = pictures(net, 4)
+    modes = net.training, net.conv.training
+    torch.set_rng_state(before[0])
+    Judge(net, Suite(attacks={"a": attack}, eps=0.02), chunk=3, seed=0, device=CPU, progress=False)(images, labels)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    for a, b in zip(before[2], np.random.get_state(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert modes == (net.training, net.conv.training)
+    # And nothing outside decides what they find.
+    torch.manual_seed(2)
+    random.seed(2)
+    np.random.seed(2)
+    again = [Judge(Net(), Suite(attacks={"a": attack}, eps=0.02), chunk=3, seed=0, device=CPU, progress=False)
+             for _ in range(2)]  # fmt: skip
+    np.testing.assert_array_equal(*[j(images, labels)["a"] for j in again])
