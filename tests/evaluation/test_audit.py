@@ -1,0 +1,359 @@
+"""The audit raises the alarm for planted fakes and none for an honest net."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from redoubt import config, jobs
+from redoubt.build import build_data
+from redoubt.defenses import RobustModule
+from redoubt.errors import CheckFailed, UserError
+from redoubt.evaluation import record
+from redoubt.evaluation.audit import Audit, Check, summary
+from redoubt.evaluation.suite import suite
+from redoubt.runs import running
+from redoubt.runs.identity import plain
+from redoubt.runs.loading import load
+from redoubt.runs.store import Run
+
+Cell = Callable[..., DictConfig]
+CPU = torch.device("cpu")
+SMALL = (
+    "model=resnet_small", "model.widths=[8,8,16,16]", "data=digits", "data.image_size=8", "trainer=cpu",
+    "trainer.progress=false", "attack=fsr_suite", "attack.attacks.pgd100.steps=40", "data.probe=20",
+)  # fmt: skip
+#: The default thresholds, with less effort.
+QUICK = (
+    "audit.images=100", "audit.iterations.least=10", "audit.restarts.steps=20", "audit.restarts.more=2",
+    "audit.noise.draws=20", "audit.black_box.queries=300", "audit.adaptive.steps=20", "audit.eps_curve.steps=10",
+    "audit.iterations_curve.steps=[1,3,10,20]", "audit.finite_differences.images=8",
+    "audit.finite_differences.directions=4",
+)  # fmt: skip
+
+
+def keys(*overrides: str) -> dict[str, Any]:
+    return plain(config.compose([*QUICK, *overrides], "audit").audit)
+
+
+@pytest.fixture(scope="module")
+def outputs_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("audit")
+
+
+@pytest.fixture(scope="module")
+def trained(outputs_of_all: Path) -> tuple[DictConfig, Any, Run]:
+    """PGD-AT on real digits, enough of it that about half of the images stand at eps 0.1."""
+    overrides = [*SMALL, "trainer.max_epochs=6", "threat.eps=0.1", "inner.steps=3", "optimizer.lr=0.05",
+                 "schedule=onecycle", "data.batch_size=64", f"paths.outputs={outputs_of_all}"]  # fmt: skip
+    cfg = config.resolve(config.compose(overrides))
+    data = build_data(cfg)
+    return cfg, data, running.train(cfg, data)
+
+
+@pytest.fixture
+def honest(trained: tuple[DictConfig, Any, Run]) -> RobustModule:
+    return load(trained[2]).eval()
+
+
+def audit(
+    module: RobustModule, trained: tuple[DictConfig, Any, Run], *overrides: str, source: Any = None
+) -> dict[str, Check]:
+    cfg, data, _ = trained
+    images, labels = data.arrays("test")
+    chosen = suite(plain(cfg.attack))
+    found = Audit(module, images[:100], labels[:100], chosen, keys=keys(*overrides), seed=0, device=CPU,
+                  source=source, progress=False)()  # fmt: skip
+    return {check.name: check for check in found}
+
+
+def failed(checks: dict[str, Check]) -> set[str]:
+    return {name for name, check in checks.items() if check.passed is False}
+
+
+def test_an_honest_net_raises_no_alarm(honest: RobustModule, trained: Any) -> None:
+    twin = load(trained[2]).eval()
+    with torch.no_grad():
+        for p in twin.net.parameters():  # another net, so that transfer is one
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    before = {k: v.clone() for k, v in honest.state_dict().items()}
+    checks = audit(honest, trained, source=twin)
+    assert failed(checks) == set()
+    skipped = {name for name, check in checks.items() if check.passed is None}
+    assert skipped == {"adaptive"}, "defense=none names none"
+    assert 0.2 < checks["white box"].details["union"] < 0.9, "neither robust nor broken, or the test says nothing"
+    assert all(torch.equal(v, before[k]) for k, v in honest.state_dict().items())
+    assert all(p.grad is None for p in honest.parameters())
+
+
+class Scaled(RobustModule):
+    def logits(self, x: Tensor) -> Tensor:
+        return 1000 * super().logits(x)
+
+
+class Quantised(RobustModule):
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits((x * 8).round() / 8)
+
+
+class Softmax(RobustModule):
+    def logits(self, x: Tensor) -> Tensor:
+        return F.softmax(super().logits(x), dim=1)
+
+
+class Random(RobustModule):
+    def logits(self, x: Tensor) -> Tensor:
+        z = super().logits(x)
+        return z + 3 * torch.randn(z.shape)
+
+
+class Detached(RobustModule):
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x.detach())
+
+
+class StraightThrough(RobustModule):
+    """Gradients that are not the function's: a staircase whose backward is the identity."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x + ((x * 8).round() / 8 - x).detach())
+
+
+@pytest.mark.parametrize(
+    ("fake", "caught"),
+    [
+        (Scaled, {"gradients"}),
+        (Quantised, {"gradients", "black box"}),
+        (Softmax, {"logits"}),
+        (Random, {"randomness"}),
+        (Detached, {"gradients", "white box", "finite differences"}),
+        (StraightThrough, {"finite differences"}),
+    ],
+    ids=lambda f: getattr(f, "__name__", ""),
+)
+def test_planted_fakes_are_caught(
+    fake: type[RobustModule], caught: set[str], honest: RobustModule, trained: Any
+) -> None:
+    honest.__class__ = fake
+    checks = audit(honest, trained)
+    assert caught <= failed(checks), {name: (c.value, c.limit, c.details) for name, c in checks.items()}
+    report = summary(list(checks.values()))
+    assert not report["passed"]
+    json.dumps(report)  # all of it can be written
+
+
+class Masked(RobustModule):
+    """A gradient that points nowhere near the images, and to the truth further off."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        z = super().logits(x)
+        g = torch.sin(4000 * x).flatten(1).sum(1, keepdim=True)
+        return z + 0.05 * torch.cat([g, -g, *[0 * g] * (z.shape[1] - 2)], 1)
+
+
+def test_a_rugged_loss_is_caught(honest: RobustModule, trained: Any) -> None:
+    honest.__class__ = Masked
+    assert "loss landscape" in failed(audit(honest, trained))
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("randomness", "audit.randomness.largest=-1"),
+        ("logits", "audit.probabilities.share=-1"),
+        ("gradients", "audit.zero_gradients.share=-1"),
+        ("one step", "audit.one_step.share=-1"),
+        ("random noise", "audit.noise.share=-1"),
+        ("finite differences", "audit.finite_differences.share=-1"),
+        ("finite differences", "audit.finite_differences.tolerance=0"),
+        ("loss landscape", "audit.landscape.cosine=1.1"),
+        ("accuracy over eps", "audit.eps_curve.guessing=1"),
+        ("FSR's criteria", "audit.fsr_criteria.unbounded=-1"),
+    ],
+)
+def test_every_threshold_is_a_key(honest: RobustModule, trained: Any, name: str, override: str) -> None:
+    light = [f"audit.{k}" for k in ("black_box.queries=1", "adaptive.steps=4", "iterations.factor=1", "noise.draws=1")]
+    checks = audit(honest, trained, *light, override)
+    assert name in failed(checks)
+    assert checks[name].value is not None
+    assert checks[name].limit is not None
+
+
+def test_what_more_effort_gains_is_measured(honest: RobustModule, trained: Any) -> None:
+    """A suite of one weak PGD is caught by more iterations and restarts."""
+    _, data, _ = trained
+    images, labels = data.arrays("test")
+    weak = plain(config.compose(["data=digits", "attack=pgd", "attack.steps=2", "attack.step=0.05"]).attack)
+    weak["attacks"]["pgd"] |= {"eps": 0.1, "keep_best": False, "steps": 2}
+    found = Audit(honest, images[:100], labels[:100], suite({**weak, "eps": 0.1}), keys=keys(), seed=0, device=CPU,
+                  progress=False)()  # fmt: skip
+    checks = {check.name: check for check in found}
+    assert {"iterations", "restarts"} & failed(checks)
+    gained = max(float(checks[n].value or 0) for n in ("iterations", "restarts"))
+    assert gained > float(checks["restarts"].limit or 0) == pytest.approx(0.03)
+
+
+@pytest.fixture
+def redoubt_audit(trained: Any) -> Callable[..., dict[str, Any]]:
+    def run(*overrides: str) -> dict[str, Any]:
+        outputs = str(trained[0].paths.outputs)
+        said = [f"run={trained[2].name}", f"paths.outputs={outputs}", "trainer.progress=false", *QUICK, *overrides]
+        cfg = config.resolve(config.compose(said, "audit"))
+        return jobs.audit(cfg, said)
+
+    return run
+
+
+def test_files_and_the_mark_in_results(trained: Any, redoubt_audit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, data, run = trained
+    before = running.evaluate_run(cfg, data, run)
+    assert before["audited"] is False
+    report = redoubt_audit("natural.trainer.max_epochs=1")
+    assert report["passed"]
+    assert {c["name"]: c["passed"] for c in report["checks"]}["transfer"] is True
+    (folder,) = (run.folder / "audit").iterdir()
+    assert json.loads((folder / "audit.json").read_text()) == report
+    for check in report["checks"]:
+        assert set(check) == {"name", "rule", "value", "limit", "passed", "details", "seconds"}
+    for name, x in (("accuracy_over_eps", "eps"), ("accuracy_over_iterations", "iterations")):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        rows = list(csv.DictReader((folder / f"{name}.csv").open()))
+        assert set(rows[0]) == {x, "accuracy"}
+        assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
+    stored = json.loads((run.eval / before["evaluation"] / "results.json").read_text())
+    assert stored == {**before, "audited": True, "audits": [folder.name], "audit_failed": []}
+    later = config.resolve(OmegaConf.merge(cfg, {"attack": {"attacks": {"pgd20": {"steps": 21}}}}))
+    assert running.evaluate_run(later, data, run)["audited"] is True, "an evaluation after the audit knows of it"
+    monkeypatch.setattr(record, "Audit", None)
+    assert redoubt_audit("natural.trainer.max_epochs=1") == report, "answered from the store"
+
+
+def test_a_failed_audit_ends_with_exit_code_3_and_marks_the_results(trained: Any, redoubt_audit: Any) -> None:
+    cfg, data, run = trained
+    before = running.evaluate_run(cfg, data, run)
+    with pytest.raises(CheckFailed, match="one step"):
+        redoubt_audit("audit.source=null", "audit.one_step.share=-1")
+    stored = json.loads((run.eval / before["evaluation"] / "results.json").read_text())
+    assert stored["audited"] is False
+    assert stored["audit_failed"] == ["one step"]
+    for folder in (run.folder / "audit").iterdir():
+        if json.loads((folder / "audit.json").read_text())["failed"]:
+            (folder / "audit.json").unlink()
+
+
+def test_bad_input_is_one_line(redoubt_audit: Any) -> None:
+    for override, text in (
+        ("audit.source=nowhere", "audit.source=nowhere"),
+        ("evaluation.checkpoint=best", "best"),
+        ("data=cifar10", "data is the run's own"),
+    ):
+        with pytest.raises(UserError, match=text):
+            redoubt_audit(override)
+    with pytest.raises(UserError, match=r"audit\.one_stepp"):
+        config.compose(["audit.one_stepp.share=1"], "audit")
+
+
+# ---- adaptive attacks -----------------------------------------------------------------------------------------
+
+
+def module_of(defense: str, *overrides: str) -> RobustModule:
+    cfg = config.compose([f"defense={defense}", "model=resnet_small", "data=digits", "data.image_size=8", *overrides])
+    torch.manual_seed(0)
+    module = jobs.build_module(cfg).eval()
+    with torch.no_grad():  # away from the identity and from equal twins
+        for name, p in module.named_parameters():
+            if any(part in name for part in ("d1", "d2", "revision", "separation", "recalibration")):
+                p.add_(0.1 * torch.randn(p.shape))
+    return module
+
+
+BATCH = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(6)
+
+
+@pytest.mark.parametrize(
+    ("defense", "names"),
+    [
+        ("none", set()),
+        ("fsr", {"mask_tau1", "mask_detached", "head_robust", "head_nonrobust", "head_recalibrated"}),
+        ("afd", {"d2", "feature"}),
+        ("cure", {"revision"}),
+    ],
+)
+def test_each_defense_names_its_adaptive_attacks(defense: str, names: set[str]) -> None:
+    module, (x, y) = module_of(defense), BATCH
+    losses = module.adaptive(x, y)
+    assert set(losses) == names
+    point = (x + 0.05).requires_grad_()
+    (plain_gradient,) = torch.autograd.grad(F.cross_entropy(module.logits(point), y, reduction="sum"), point)
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    for name, loss in losses.items():
+        value = loss(point)
+        assert value.shape == (6,)
+        (gradient,) = torch.autograd.grad(value.sum(), point)
+        assert gradient.abs().sum() > 0, name
+        assert not torch.allclose(gradient, plain_gradient), f"{name} is the plain attack"
+    assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+    again = torch.autograd.grad(F.cross_entropy(module.logits(point), y, reduction="sum"), point)[0]
+    assert torch.equal(again, plain_gradient), "nothing of an adaptive attack stays behind"
+
+
+def test_fsr_around_the_mask_changes_the_slope_and_not_the_value() -> None:
+    module, (x, y) = module_of("fsr"), BATCH
+    losses = module.adaptive(x, y)
+    wanted = F.cross_entropy(module.logits(x), y, reduction="none")
+    for name in ("mask_tau1", "mask_detached"):
+        torch.testing.assert_close(losses[name](x), wanted, rtol=1e-6, atol=1e-6)
+    (layer,) = module.layers
+    r = torch.linspace(-3, 3, 25, dtype=torch.float64, requires_grad=True)
+    slopes = {}
+    for backward in ("exact", "tau1", "detached"):
+        layer.backward = backward
+        m = layer.mask(r)
+        slopes[backward] = torch.autograd.grad(m.sum(), r)[0] if m.requires_grad else torch.zeros_like(r)
+        torch.testing.assert_close(m.detach(), torch.sigmoid(r.detach() / 0.1), rtol=1e-4, atol=1e-6)
+    s = torch.sigmoid(r.detach())
+    torch.testing.assert_close(slopes["tau1"], s * (1 - s), rtol=1e-6, atol=1e-7)
+    assert not slopes["detached"].any()
+
+
+def test_fsr_heads_are_those_of_its_training_forward() -> None:
+    module, (x, y) = module_of("fsr"), BATCH
+    (layer,) = module.layers
+    caught: list[Tensor] = []
+    with torch.no_grad():
+        handle = layer.inner.register_forward_hook(lambda module, args, out: caught.append(out))
+        module.logits(x)
+        handle.remove()
+        f = caught[0]
+        m = torch.sigmoid(layer.separation(f) / 0.1)
+        parts = (m * f, (1 - m) * f, (1 - m) * f + (1 - m) * layer.recalibration((1 - m) * f))
+        for name, part in zip(("head_robust", "head_nonrobust", "head_recalibrated"), parts, strict=True):
+            wanted = F.cross_entropy(layer.head(part.mean((2, 3))), y, reduction="none")
+            torch.testing.assert_close(module.adaptive(x, y)[name](x), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_afd_branch_and_feature() -> None:
+    module, (x, y) = module_of("afd"), BATCH
+    adv = (x + 0.1).clamp(0, 1)
+    with torch.no_grad():
+        losses = module.adaptive(x, y)
+        _, (f1, _, z2) = module.run(adv, True)
+        torch.testing.assert_close(losses["d2"](adv), F.cross_entropy(z2, y, reduction="none"))
+        clean = module.run(x, True)[1][0]
+        torch.testing.assert_close(losses["feature"](adv), (f1 - clean).square().sum(1))
+
+
+def test_cure_revision() -> None:
+    module, (x, y) = module_of("cure"), BATCH
+    with torch.no_grad():
+        wanted = F.cross_entropy(module.revision(x), y, reduction="none")
+        torch.testing.assert_close(module.adaptive(x, y)["revision"](x), wanted)
