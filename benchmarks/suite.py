@@ -2,8 +2,8 @@
 
     python benchmarks/suite.py [model=resnet18] [batch=32] [rounds=3] [eps=1/255] [autoattack=false]
 
-Both take turns (A B A B) in one process on the same images and net, in float32; labels are the net's own predictions, so
-that every image is attacked. C&W, which torchattacks does not have in this form, is its PGD with the margin's loss.
+Both take turns (A B A B) in one process on the same images and net, in float32; labels are the net's own predictions:
+every image is attacked. C&W, which torchattacks does not have in this form, is its PGD with the margin's loss.
 Prints the medians, the median of the rounds' ratios, and how many verdicts agree.
 """
 

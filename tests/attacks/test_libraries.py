@@ -113,8 +113,7 @@ def autoattack_by_hand(net, images, labels, k, chunk, norm, seed, prepare=lambda
     return torch.cat(right).numpy(), advs
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("k", [5, 10])
+@pytest.mark.parametrize(("k", "norm"), [(5, "linf"), (10, "linf"), (10, "l2")])
 def test_autoattack_standard_is_pyautoattack_on_each_chunk(k, norm):
     """With 10 classes nothing at all is set by hand but norm, eps and seed."""
     found, returned, images, labels, judge = judged(
@@ -125,8 +124,7 @@ def test_autoattack_standard_is_pyautoattack_on_each_chunk(k, norm):
     np.testing.assert_array_equal(found, wanted)
     assert [len(adv) for adv in returned] == [3, 3, 1]
     assert all(torch.equal(a, b) for a, b in zip(returned, advs, strict=True))
-    moved = sum((distances(adv, x, norm) > 0).sum() for adv, (_, x, _) in zip(advs, chunks(images, labels, 3)))
-    assert moved
+    assert (distances(torch.cat(advs), images.float() / 255, norm) > 0).any()
     assert judge.outside == {"natural": 0, "a": 0}
 
 
@@ -189,12 +187,13 @@ def test_another_seed_or_chunk_gives_other_examples():
 
 def test_warnings_come_once_and_the_loggers_are_restored(caplog, monkeypatch):
     monkeypatch.setattr(adapters._Once, "seen", set())
-    monkeypatch.setattr(Net, "logits", lambda self, x: 1e6 * self.fc(self.conv(x).flatten(1)))  # no slope in float32
+    flat = lambda self, x: self.fc(torch.relu(self.conv(x) * 0 - 1).flatten(1))  # noqa: E731
+    monkeypatch.setattr(Net, "logits", flat)  # no slope anywhere, of which AutoAttack warns for each batch
     theirs = logging.getLogger("auto-attack")
     before = theirs.propagate, theirs.level, list(theirs.handlers)
     with caplog.at_level(logging.DEBUG):
         for _ in range(2):
-            judged(AutoAttack(eps=EPS["linf"], version="apgd-ce"))
+            judged(AutoAttack(eps=EPS["linf"], version="apgd-dlr"))
     said = [r for r in caplog.records if "gradient" in r.getMessage()]
     assert len(said) == 1, [r.getMessage() for r in caplog.records]
     assert said[0].name == "redoubt"
@@ -259,7 +258,7 @@ def test_a_bounded_class_of_torchattacks(name):
     assert attack.needs_gradients is (name not in ("Square", "SPSA"))
     found, returned, images, labels, judge = judged(attack, n=11)
     options = {"eps": 0.02, **BOUNDED[name]}
-    if "FGSM" in name and name != "FGSM" or name == "PGD":
+    if ("FGSM" in name and name != "FGSM") or name == "PGD":
         options["alpha"] = 0.005
     wanted = by_hand(name, images, labels, **options)
     assert torch.equal(torch.cat(returned), wanted)
@@ -297,7 +296,7 @@ def test_every_class_that_runs_keeps_its_bound_or_is_refused_in_one_line():
     """Whatever the class: a verdict under the rules of the suite, or one line."""
     kinds = vars(torchattacks)
     names = [n for n, c in kinds.items() if isinstance(c, type) and issubclass(c, torchattacks.attack.Attack)]
-    ran = []
+    ran, lines = [], []
     for name in sorted({*names} - {*TorchAttacks.REFUSED, "Attack", "SparseFool"}):
         takes = kinds[name].__init__.__code__.co_varnames
         options = {"steps": 2} if "steps" in takes else {"n_queries": 5} if "n_queries" in takes else {}
@@ -305,7 +304,8 @@ def test_every_class_that_runs_keeps_its_bound_or_is_refused_in_one_line():
             judged(TorchAttacks(name=name, eps=0.02, options=options), n=4, chunk=4)
             ran.append(name)
         except UserError as error:
-            assert "\n" not in str(error), name
+            lines.append(str(error))
+    assert not any("\n" in line for line in lines)
     assert {*BOUNDED, *FREE, "APGD", "FAB", "DeepFool", "BIM", "EOTPGD", "Jitter", "UPGD", "SINIFGSM"} <= {*ran}
 
 
@@ -344,15 +344,21 @@ def test_what_torchattacks_refuses(options, says):
     refused(lambda: TorchAttacks(**{"eps": 0.1, **options}), *says)
 
 
-@pytest.mark.xfail(
-    reason="float(steps) lies outside of the try: a ValueError or TypeError with a traceback", strict=True
+@pytest.mark.xfail(reason="numbers are read outside of the try: ValueError, TypeError with a traceback", strict=True)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TorchAttacks(name="PGD", eps=0.1, options={"steps": "abc"}),
+        lambda: TorchAttacks(name="PGD", eps=0.1, options={"steps": None}),
+        lambda: Foolbox(name="LinfPGD", eps=0.1, options={"steps": "abc"}),
+        lambda: AutoAttack(eps=0.1, queries="many"),
+        lambda: AutoAttack(eps=0.1, queries=1.5),
+        lambda: AutoAttack(eps=0.1, version=None),
+    ],
+    ids=["torchattacks", "torchattacks, None", "foolbox", "queries", "half a query", "version"],
 )
-@pytest.mark.parametrize("steps", ["abc", None])
-@pytest.mark.parametrize("kind", [TorchAttacks, Foolbox])
-def test_steps_that_are_no_number_are_one_line(kind, steps):
-    if kind is Foolbox and steps is None:
-        raise UserError("foolbox takes it at its word")  # not asked
-    kind(name="PGD" if kind is TorchAttacks else "LinfPGD", eps=0.1, options={"steps": steps})
+def test_numbers_that_are_none_are_one_line(make):
+    refused(make)
 
 
 def test_an_exception_of_the_library_is_one_line(monkeypatch):
@@ -382,7 +388,7 @@ def test_a_search_that_ends_in_nan_has_found_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "norm", "options"),
     [
-        ("LinfPGD", "linf", {"steps": 6}),
+        ("LinfPGD", "linf", {"steps": 20}),
         ("LinfDeepFoolAttack", "linf", {"steps": 10}),
         ("L2PGD", "l2", {"steps": 6}),
         ("L2DeepFoolAttack", "l2", None),

@@ -108,7 +108,7 @@ class Judge:
                 if found is None:
                     x, y = images[rows].to(self.device).float() / 255, labels[rows].to(self.device)
                     if not checked:
-                        self.examine(x[:4])
+                        self.examine(x[:2])
                         checked = True
                     found = self.attack(x, y, i, counter)
                 mine[i] = found
