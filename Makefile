@@ -36,8 +36,9 @@ lint: setup  ## ruff and mypy
 	.venv/bin/ruff format --check src tests benchmarks
 	.venv/bin/mypy src
 
-bench: setup  ## the framework's own cost over a bare loop
+bench: setup  ## the framework's own cost over a bare loop, the suite's beside torchattacks
 	$(PY) benchmarks/overhead.py batch=128 steps=2 pairs=5
+	$(PY) benchmarks/suite.py
 
 lock: | $(filter .tools/bin/uv,$(UV))  ## compile requirements.lock anew
 	$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --generate-hashes \

@@ -72,6 +72,9 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     for name in dict.fromkeys(name for r in results for name in r["nrr"]):
         values = (f"{100 * r['nrr'][name]:.2f}" if name in r["nrr"] else "-" for r in results)
         table.add_row(f"NRR ({title(name)})", *values)
+    if any(r.get("audits") for r in results):
+        marks = (("passed" if r["audited"] else "FAILED") if r.get("audits") else "not audited" for r in results)
+        table.add_row("Audit", *marks)
     return table
 
 

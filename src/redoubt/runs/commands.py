@@ -68,7 +68,8 @@ def _summary(run: Run) -> dict[str, Any]:
     status = run.status
     found = run.evaluations()
     metrics = _accuracies(found[0][1]) if found else {}
-    robust = next((name for name in ("ensemble", "pgd20") if name in metrics), None)
+    robust = next((n for n in ("ensemble", "autoattack", "pgd20", *reversed(metrics)) if n in metrics), None)
+    robust = None if robust == "natural" else robust
     return {
         "name": run.name,
         "state": status["state"],
