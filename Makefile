@@ -48,4 +48,4 @@ wheel: setup  ## build dist/*.whl, with conf/ inside
 	$(UV) build --quiet --wheel --out-dir dist
 
 clean:  ## remove the environment and caches, keep outputs/
-	rm -rf .venv .tools dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .tools dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

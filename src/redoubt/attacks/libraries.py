@@ -98,7 +98,7 @@ class AutoAttack(Attack):
         """See `Attack`; the flags are pyautoattack's own verdicts."""
         pyautoattack = library("pyautoattack", "attacks")
         named = isinstance(self.version, list)
-        with _warnings_once():
+        with _warnings_once(), library_errors("pyautoattack"):
             attack = pyautoattack.AutoAttack(
                 Net(logits, x.device),
                 norm={"linf": "Linf", "l2": "L2"}[self.norm],
