@@ -126,6 +126,8 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Attacks a finished run, or a file of weights in the net that ``model`` and ``defense`` name."""
     if (cfg.run is None) == (cfg.checkpoint is None):
         raise UserError("eval wants either run=<folder or name> or checkpoint=<file> with model=... data=...")
+    if cfg.rescore is not None and cfg.run is None:
+        raise UserError("rescore is of a run's evaluation: give run=<folder or name> rescore=<evaluation>")
     if cfg.trainer.fast_dev_run:
         raise UserError("trainer.fast_dev_run=true is for train; for a quick look take data.limit_test=100")
     if cfg.run is not None:

@@ -28,3 +28,15 @@ def as_number(value: float | str, key: str) -> float:
     if number is None or not math.isfinite(number):
         raise UserError(f"{key}={value!r} is not a number: write it as 0.03 or as 8/255")
     return number
+
+
+def as_whole(value: float | str, key: str, least: int = 1) -> int:
+    """A whole number of at least ``least``.
+
+    Raises:
+        UserError: It is none; the message names ``key``.
+    """
+    number = as_number(value, key)
+    if number != int(number) or number < least:
+        raise UserError(f"{key}={value} must be a whole number of at least {least}")
+    return int(number)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from redoubt.attacks.base import Attack, Draws, Logits
 from redoubt.errors import UserError, did_you_mean
-from redoubt.units import as_number
+from redoubt.units import as_number, as_whole
 
 log = logging.getLogger("redoubt")
 
@@ -78,8 +78,9 @@ class AutoAttack(Attack):
         queries: int = 5000,
     ) -> None:
         library("pyautoattack", "attacks")
-        self.eps, self.norm, self.queries = as_number(eps, "eps"), norm, int(queries)
-        listed = [version] if isinstance(version, str) and version not in self.VERSIONS else version
+        self.eps, self.norm, self.queries = as_number(eps, "eps"), norm, as_whole(queries, "queries")
+        named = isinstance(version, str) and version in self.VERSIONS
+        listed = version if named or not isinstance(version, str | None) else [str(version)]
         if not isinstance(listed, str):
             for name in listed:
                 if name not in self.ATTACKS:
@@ -89,8 +90,6 @@ class AutoAttack(Attack):
             if not listed:
                 raise UserError(f"version=[] names no attack: there are {', '.join(self.ATTACKS)}")
         self.version: str | list[str] = listed if isinstance(listed, str) else list(listed)
-        if self.queries < 1:
-            raise UserError(f"queries={queries} must be at least 1")
         self.needs_gradients = self.version != ["square"]
         self.cost = sum(self.COSTS[n] for n in self.version) if isinstance(self.version, list) else 6000.0
 
@@ -116,7 +115,10 @@ class AutoAttack(Attack):
             if named:  # as in `standard`: one start each
                 attack.apgd.n_restarts = attack.fab.n_restarts = 1
             if classes <= 3:
-                attack.attacks_to_run = [a for a in attack.attacks_to_run if a in ("apgd-ce", "square")]
+                defined = [a for a in attack.attacks_to_run if a in ("apgd-ce", "square")]
+                if not defined:
+                    raise UserError(f"version={self.version}: of {classes} classes only apgd-ce and square are defined")
+                attack.attacks_to_run = defined
             adv, label = attack.run_standard_evaluation(x, y, batch_size=len(x))
         return adv, label != y
 
@@ -165,21 +167,25 @@ class TorchAttacks(Attack):
                 )
         radius = as_number(eps, "eps")
         self.norm, self.eps = norm, None
-        if "eps" in given:
-            raise UserError("options.eps: give attack.eps, by which the images are scored")
+        for option in ("eps", "max_epsilon", "norm"):
+            if option in given:
+                raise UserError(f"options.{option}: give attack.eps and threat.norm, by which the images are scored")
         ball = {"linf": "Linf", "l2": "L2"}[norm]
         if "norm" in takes:
             given["norm"] = ball
-        if "eps" in takes and ("norm" in takes or _measure(self.kind) == ball):
-            self.eps = given["eps"] = radius
+        bound = next((option for option in ("eps", "max_epsilon") if option in takes), None)
+        measured = ball if "norm" in takes else _measure(self.kind)
+        if bound is not None and measured != ball:
+            raise UserError(f"name={name}: bounded in {measured}, the suite in {ball}: take an attack of that norm")
+        if bound is not None:
+            self.eps = given[bound] = radius
             if "alpha" in takes:
                 given.setdefault("alpha", radius / 4)
         self.name, self.options = name.lower(), given
         self.seeded = "seed" in takes and "seed" not in given
         self.needs_gradients = name not in self.NO_GRADIENT
-        steps = given.get("steps", given.get("n_queries", _default(self.kind, "steps", "n_queries")))
-        self.cost = float(steps)
         try:
+            self.cost = float(given.get("steps", given.get("n_queries", _default(self.kind, "steps", "n_queries"))))
             self._made(lambda x: x, torch.device("cpu"), 0)
         except Exception as error:
             raise UserError(f"torchattacks.{name} refuses these options: {_brief(error)}") from error
@@ -219,6 +225,7 @@ class Foolbox(Attack):
         self.options = dict(options or {})
         try:
             attack = self.kind(**self.options)
+            self.cost = float(getattr(attack, "steps", 100) or 1)
         except Exception as error:
             raise UserError(f"foolbox {name} refuses these options: {_brief(error)}") from error
         self.norm, self.eps = norm, as_number(eps, "eps")
@@ -230,7 +237,6 @@ class Foolbox(Attack):
             )
         self.name = name.lower()
         self.needs_gradients = not any(word in name for word in ("Noise", "Boundary", "HopSkipJump", "Genetic", "Blur"))
-        self.cost = float(getattr(attack, "steps", 100) or 1)
 
     def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> Tensor:
         """See `Attack`."""

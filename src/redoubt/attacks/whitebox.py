@@ -15,6 +15,7 @@ from redoubt.attacks.base import Attack, Draws, Logits
 from redoubt.attacks.pgd import PGD
 from redoubt.errors import UserError
 from redoubt.objectives.base import kl_per_example, margin
+from redoubt.units import as_whole
 
 LOSSES = ("ce", "margin", "dlr", "kl")
 
@@ -67,9 +68,7 @@ class WhiteBox(Attack):
     ) -> None:
         if loss not in LOSSES:
             raise UserError(f"loss={loss!r} is not known: take {', '.join(LOSSES)}")
-        for name, value in (("restarts", restarts), ("eot", eot)):
-            if isinstance(value, bool) or int(value) != value or value < 1:
-                raise UserError(f"{name}={value} must be a whole number of at least 1")
+        self.restarts, self.eot = as_whole(restarts, "restarts"), as_whole(eot, "eot")
         if start == "none" and restarts > 1:
             raise UserError(f"restarts={restarts} from a fixed start are all the same: take start=uniform")
         if start == "none" and loss == "kl":
@@ -80,7 +79,7 @@ class WhiteBox(Attack):
         )  # fmt: skip
         self.norm, self.eps = norm, self.pgd.eps
         self.loss, self.kappa = loss, float(kappa)
-        self.restarts, self.eot, self.keep_best = int(restarts), int(eot), keep_best
+        self.keep_best = keep_best
         self.cost = float(self.steps * self.restarts * self.eot)
 
     @property
@@ -185,10 +184,8 @@ class MultiTargeted(WhiteBox):
             if name in options:
                 raise UserError(f"{name} is not an option of the multi-targeted attack: it raises z_t - z_y")
         super().__init__(loss="margin", **options)
-        if targets is not None and (isinstance(targets, bool) or int(targets) != targets or targets < 1):
-            raise UserError(f"targets={targets} must be a whole number of at least 1, or null for all")
-        self.targets = targets
-        self.cost *= targets or 9
+        self.targets = None if targets is None else as_whole(targets, "targets")
+        self.cost *= self.targets or 9
         if self.eot > 1:
             raise UserError("eot is not an option of the multi-targeted attack")
 

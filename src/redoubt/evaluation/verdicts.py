@@ -195,10 +195,10 @@ class Judge:
             else:
                 found = attack(logits, xs, ys, draws)
         found, broken = found if isinstance(found, tuple) else (found, None)
-        found = found.detach()
-        if self.save == "uint8":
-            found = rounded(found, xs, self.suite.norm if attack.eps is None else attack.norm, attack.eps)
-        found, outside = self.within(name, attack, found, xs)
+        found, outside = self.within(name, attack, found.detach(), xs)
+        found = found.to(x.dtype)
+        if self.save == "uint8":  # what the attack itself has seen is another image
+            found, broken = rounded(found, xs, *self.ball(attack)), None
         gradient = None
         if going_on is not None and isinstance(attack, WhiteBox):
             z, (gradient,) = self.look(found, ys, [attack])
@@ -236,8 +236,8 @@ class Judge:
         wide = adv.double()
         if adv.shape != x.shape or not bool(((wide >= 0) & (wide <= 1)).all()):  # false for NaN too
             raise UserError(f"attack {name}: its images have pixels outside [0, 1] or none: they cannot be scored")
-        norm, eps = (attack.norm, attack.eps) if attack.eps is not None else (self.suite.norm, self.suite.eps)
-        if eps is None or (attack.eps is None and not self.suite.bounded):
+        norm, eps = self.ball(attack)
+        if eps is None:
             return adv, 0
         distance = distances(adv, x, norm)
         outside = distance > eps + SLACK
@@ -248,6 +248,12 @@ class Judge:
                 f"({norm} {distance.max():.6g}): its result is not one of this threat model"
             )
         return torch.where(outside[:, None, None, None], x, adv) if count else adv, count
+
+    def ball(self, attack: Attack) -> tuple[str, float | None]:
+        """Norm and eps that an attack's images are held to: its own, or the suite's where it has none."""
+        if attack.eps is not None:
+            return attack.norm, attack.eps
+        return self.suite.norm, self.suite.eps if self.suite.bounded else None
 
     # ---- what is there, and what is kept ------------------------------------------------------------------------
 
