@@ -86,7 +86,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
 def _check_evaluation(cfg: DictConfig, data: ImageData) -> None:
     """What would make the evaluation impossible is said before the training, not after it."""
     chosen = suite(plain(cfg.attack))
-    if chosen.on_source and str(cfg.attack.get("source") or "auto") != "auto":
+    if chosen.on_source and cfg.attack.get("source") not in (None, "auto"):
         running.transfer_source(cfg, data)
     if cfg.evaluation.checkpoint == "best" and not cfg.data.val_fraction:
         raise UserError("evaluation.checkpoint=best needs a validation split: set data.val_fraction, as to 0.02")
@@ -177,8 +177,7 @@ def audit(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     facts = {"run": name, "checkpoint": which, "weights": str(cfg.evaluation.weights)}
     source = None
     if keys.source is not None:
-        OmegaConf.update(cfg, "attack.source", keys.source, force_add=True)
-        source = running.transfer_source(cfg, data, key="audit.source")
+        source = running.transfer_source(cfg, data, str(keys.source), "audit.source")
     report, where = audited(
         module.eval(), data, plain(cfg), plain(keys), facts=facts, weights_id=weights_id, folder=folder, source=source,
         device=running.compute_device(cfg),
@@ -231,7 +230,7 @@ def _judge(
     axes = {**{k: cfg.axes[k] for k in config.AXES}, "seed": cfg.seed}
     facts = {"run": name, "axes": axes, "checkpoint": checkpoint, "weights": "student", "train_seconds": None}
     device = running.compute_device(cfg)
-    source = (lambda: running.transfer_source(cfg, data)) if source is None else source
+    source = source or functools.partial(running.transfer_source, cfg, data)
     weights_id = _weights_id(module, cfg)
     module = module.to(device).eval()
     return evaluate(

@@ -158,13 +158,20 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
     )
 
 
-def transfer_source(cfg: DictConfig, data: ImageData, key: str = "attack.source") -> Source:
-    """The net that ``attack.source`` names: ``auto`` is the natural one of the same cell, trained if need be.
+def transfer_source(cfg: DictConfig, data: ImageData, wanted: str | None = None, key: str = "attack.source") -> Source:
+    """The net that transfer attacks are crafted on.
+
+    Args:
+        cfg: Resolved config of the cell that is attacked.
+        data: Its data.
+        wanted: ``auto``: the natural net of the same cell, trained if need be; a run; or a file of weights. What
+            ``attack.source`` says where None.
+        key: Where it was said, for messages.
 
     Raises:
         UserError: No such run or file, an unfinished run, or a net of other images or classes.
     """
-    wanted = str(cfg.attack.get("source") or "auto")
+    wanted = wanted or str(cfg.attack.get("source") or "auto")
     file = Path(wanted).expanduser()
     try:
         if wanted == "auto":
