@@ -252,3 +252,39 @@ def test_accuracies_and_their_intervals():
 def test_nrr_is_the_harmonic_mean():
     assert nrr(0.8676, 0.5248) == pytest.approx(0.6540, abs=5e-5)  # methods 8.6
     assert nrr(0.0, 0.0) == 0.0
+
+
+def test_a_rounded_example_is_no_iterate_of_a_longer_attack():
+    module, (images, labels) = Linear(), pictures(40)
+    labels = module.logits(images.float() / 255).argmax(1)
+    attacks = {f"pgd{n}": WhiteBox(eps=0.0145, steps=n, step=0.1) for n in (11, 15)}
+    calls = []
+
+    class Noted(WhiteBox):
+        def __call__(self, logits, x, y, draws, after=None):
+            calls.append(0 if after is None else after.steps)
+            return super().__call__(logits, x, y, draws, after)
+
+    noted = {name: Noted(eps=0.0145, steps=a.steps, step=0.1) for name, a in attacks.items()}
+    together = run(module, images, labels, noted, save="uint8")
+    assert set(calls) == {0}
+    for name, attack in attacks.items():
+        np.testing.assert_array_equal(run(Linear(), images, labels, {name: attack}, save="uint8")[name], together[name])
+    calls.clear()
+    run(module, images, labels, noted)
+    assert 11 in calls, "else the lines above say nothing"
+
+
+def test_a_random_net_is_judged_alike_twice():
+    class Noisy(Linear):
+        def logits(self, x):
+            z = super().logits(x)
+            return z + 0.3 * torch.randn(z.shape)
+
+    images, labels = pictures(40)
+    suite = Suite(attacks={"pgd": WhiteBox(eps=0.02, steps=5, start="uniform", eot=3)}, stochastic=True)
+    first, second = (judge(Noisy(), images, labels, suite, chunk=7, seed=0, device=CPU, progress=False) for _ in "ab")
+    other = judge(Noisy(), images, labels, suite, chunk=7, seed=1, device=CPU, progress=False)
+    for name in ("natural", "pgd"):
+        np.testing.assert_array_equal(first[name], second[name])
+    assert (first["natural"] != other["natural"]).any()

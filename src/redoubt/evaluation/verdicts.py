@@ -142,7 +142,8 @@ class Judge:
         due = [n for n in self.order if self.find(n, number, len(y)) is None]
         # The first gradients of all fixed-start attacks, and the clean verdict, are of one forward.
         firsts = {p: self.suite.attacks[n] for n in due if (p := paths.get(n)) is not None}
-        z, gradients = self.look(x, y, list(firsts.values()))
+        with own_randomness(Draws(self.seed, "natural", number, x.device).library_seed, x.device):
+            z, gradients = self.look(x, y, list(firsts.values()))
         reached = {p: Reached(0, x, g) for p, g in zip(firsts, gradients, strict=True)}
         standing = (z.argmax(1) == y) & z.isfinite().all(1)
         done["natural"] = self.find("natural", number, len(y)) or self.settle("natural", number, standing, None, began)
@@ -155,8 +156,9 @@ class Judge:
                 began = time.monotonic()
                 rows = standing.nonzero()[:, 0] if self.skip_broken else torch.arange(len(y), device=y.device)
                 path = paths.get(name)
-                longer = [n for n in due if path is not None and paths.get(n) == path and n != name]
                 due.remove(name)
+                # A rounded example is no iterate of the longer attack.
+                longer = path is not None and self.save != "uint8" and path in [paths.get(n) for n in due]
                 right, adv, outside = self.run(name, x, y, rows, number, reached, path if longer else None)
                 done[name] = self.settle(name, number, right, adv, began, outside)
             if self.skip_broken:
@@ -194,24 +196,19 @@ class Judge:
                 found = attack(logits, xs, ys, draws, after=start)
             else:
                 found = attack(logits, xs, ys, draws)
-        found, broken = found if isinstance(found, tuple) else (found, None)
-        found, outside = self.within(name, attack, found.detach(), xs)
-        found = found.to(x.dtype)
-        if self.save == "uint8":  # what the attack itself has seen is another image
-            found, broken = rounded(found, xs, *self.ball(attack)), None
-        gradient = None
-        if going_on is not None and isinstance(attack, WhiteBox):
-            z, (gradient,) = self.look(found, ys, [attack])
-        else:
-            with torch.no_grad():
-                z = self.logits(found)
+            found, broken = found if isinstance(found, tuple) else (found, None)
+            found, outside = self.within(name, attack, found.detach(), xs)
+            found = found.to(x.dtype)
+            if self.save == "uint8":  # what the attack itself has seen is another image
+                found, broken = rounded(found, xs, *self.ball(attack)), None
+            z, gradients = self.look(found, ys, [attack] if going_on is not None else [])
         verdict = (z.argmax(1) == ys) & z.isfinite().all(1)  # argmax calls NaN class 0
         if broken is not None:  # seen in another batch, in which logits differ by a rounding
             verdict &= ~broken
         right[rows], adv[rows] = verdict, found
-        if gradient is not None and isinstance(attack, WhiteBox):
+        if going_on is not None and isinstance(attack, WhiteBox):
             slopes = torch.zeros_like(x)
-            slopes[rows] = gradient
+            slopes[rows] = gradients[0]
             reached[going_on] = Reached(attack.steps, adv, slopes)
         return right, adv, outside
 
