@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from redoubt import config
 from redoubt.defenses import RobustModule
+from redoubt.errors import UserError
 
 # Two processes of tests share two cores: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -61,6 +62,15 @@ def everything(checkpoint: Path) -> str:
     for part in ("state_dict", "redoubt", "optimizer_states"):
         take(part, content[part])
     return digest.hexdigest()
+
+
+def refused(call: Callable[[], object], *says: str) -> None:
+    """A mistake of the user's: one line that says all that."""
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    for part in says:
+        assert part in str(error.value), str(error.value)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tests.conftest import refused
 from torch import nn
 
 from redoubt.attacks import AutoAttack, Foolbox, TorchAttacks
@@ -213,14 +214,6 @@ def test_warnings_come_once_and_the_loggers_are_restored(caplog, monkeypatch):
 )
 def test_what_autoattack_refuses(wrong, says):
     refused(lambda: AutoAttack(**{"eps": 0.1, **wrong}), says)
-
-
-def refused(call, *says):
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    for part in says:
-        assert part in str(error.value), str(error.value)
 
 
 # ---- torchattacks -----------------------------------------------------------------------------------------------

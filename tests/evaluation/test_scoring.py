@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.conftest import refused
 from torch import nn
 
 from redoubt import config
@@ -19,7 +20,6 @@ from redoubt.attacks import NAttack, WhiteBox
 from redoubt.attacks.base import Attack, Draws
 from redoubt.build import build_data, build_module
 from redoubt.defenses.fsr import FSRLayer
-from redoubt.errors import UserError
 from redoubt.evaluation.kept import Kept
 from redoubt.evaluation.suite import Suite, suite
 from redoubt.evaluation.verdicts import Judge
@@ -66,14 +66,6 @@ def judged(attacks, module=None, n=5, chunk=3, images=None, labels=None, options
     chosen = Suite(attacks=attacks, eps=EPS, **rest)
     judge = Judge(module or Linear(), chosen, chunk=chunk, seed=0, device=CPU, progress=False, **(options or {}))
     return judge(given[0] if images is None else images, given[1] if labels is None else labels)
-
-
-def refused(call, *says):
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    for part in says:
-        assert part in str(error.value), str(error.value)
 
 
 # ---- the ball ---------------------------------------------------------------------------------------------------

@@ -327,11 +327,7 @@ class Audit:
         check = Check("black box", "Square, which only asks for logits, is not stronger than PGD (share gained)")
         square = AutoAttack(eps=self.eps, norm=self.norm, version=["square"], queries=int(keys["queries"]))
         self.queried = self.under(square, "square") & self.natural
-        gain = int(self.white.sum()) - int(self.queried.sum())
-        return check.judged(
-            max(0, gain) / self.n, float(keys["examples"]) / self.n, square=self.share(self.queried),
-            pgd=self.share(self.white), broken_by_square_alone=int((self.white & ~self.queried).sum()),
-        )  # fmt: skip
+        return self.weaker(check, "square", self.queried, keys)
 
     def transfer(self, draws: torch.Generator) -> Check:
         keys = self.keys["transfer"]
@@ -346,11 +342,14 @@ class Audit:
         )
         assert isinstance(adv, Tensor)
         self.transferred = self.right(adv) & self.natural
-        gain = int(self.white.sum()) - int(self.transferred.sum())
-        return check.judged(
-            max(0, gain) / self.n, float(keys["examples"]) / self.n, transfer=self.share(self.transferred),
-            pgd=self.share(self.white), broken_by_transfer_alone=int((self.white & ~self.transferred).sum()),
-        )  # fmt: skip
+        return self.weaker(check, "transfer", self.transferred, keys)
+
+    def weaker(self, check: Check, name: str, right: Tensor, keys: Mapping[str, Any]) -> Check:
+        """Whether an attack that does not see the net leaves at least as many right as PGD."""
+        gain = max(0, int(self.white.sum()) - int(right.sum()))
+        accuracies = {name: self.share(right), "pgd": self.share(self.white)}
+        alone = int((self.white & ~right).sum())
+        return check.judged(gain / self.n, float(keys["examples"]) / self.n, **accuracies, broken_by_it_alone=alone)
 
     # ---- curves: FSR's Figure S2 ----------------------------------------------------------------------------------
 
