@@ -1,6 +1,6 @@
 """What FSR's suite costs beside the same attacks of torchattacks called in a loop, and AutoAttack beside pyautoattack.
 
-    python benchmarks/suite.py [model=resnet18] [batch=32] [rounds=3] [eps=1/255] [autoattack=false]
+    python benchmarks/suite.py [model=resnet18] [batch=32] [rounds=3] [eps=1/255] [only=cw] [autoattack=false]
 
 Both take turns (A B A B) in one process on the same images and net, in float32; labels are the net's own predictions:
 every image is attacked. C&W, which torchattacks does not have in this form, is its PGD with the margin's loss.
@@ -54,7 +54,7 @@ def timed(call: Callable[[], dict[str, Tensor]]) -> tuple[float, dict[str, Tenso
 
 
 def main() -> None:
-    said = {"model": "resnet18", "batch": "32", "rounds": "3", "eps": "1/255", "autoattack": "false"}
+    said = {"model": "resnet18", "batch": "32", "rounds": "3", "eps": "1/255", "only": "", "autoattack": "false"}
     said |= dict(a.split("=", 1) for a in sys.argv[1:])
     n = int(said["batch"])
     cfg = config.resolve(config.compose([f"model={said['model']}", "data=cifar10", f"attack.eps={said['eps']}"]))
@@ -108,7 +108,8 @@ def main() -> None:
 
         pairs["autoattack"] = (by_us, by_hand)
     print(f"{'attack':12} {'ours s':>8} {'theirs s':>9} {'ratio':>6}  verdicts that agree")
-    for name, (a, b) in pairs.items():
+    for name in said["only"].split(",") if said["only"] else pairs:
+        a, b = pairs[name]
         seconds: list[tuple[float, float]] = []
         for _ in range(int(said["rounds"])):
             (first, mine), (second, other) = timed(a), timed(b)
