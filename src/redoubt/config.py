@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from redoubt.errors import UserError, did_you_mean
-from redoubt.units import as_number
+from redoubt.units import as_number, as_whole
 
 #: The axes of the grid, each a config group.
 AXES = ("model", "defense", "base", "data", "attack")
@@ -176,6 +176,7 @@ def check(tree: Mapping[str, Any]) -> None:
         value = _at(tree, key)
         if value not in choices:
             raise UserError(f"{key}={value!r} is not known: take {' or '.join(_shown(c) for c in choices)}")
+    _check_audit(tree.get("audit") or {})
     if tree["evaluation"].get("skip_broken"):
         if not tree["attack"].get("ensemble"):
             raise UserError("evaluation.skip_broken=true leaves only the Ensemble: give attack.ensemble=true too")
@@ -186,6 +187,28 @@ def check(tree: Mapping[str, Any]) -> None:
             f"model.num_classes={tree['model']['num_classes']}, but data.num_classes={tree['data']['num_classes']}: "
             "leave model.num_classes out, it follows the data"
         )
+
+
+#: Efforts of the audit; all else there is a limit, which may be any number.
+_EFFORTS = ("images", "passes", "starts", "factor", "least", "more", "steps", "draws", "queries", "directions")
+
+
+def _check_audit(section: Mapping[str, Any], prefix: str = "audit") -> None:
+    for name, value in section.items():
+        key = f"{prefix}.{name}"
+        if isinstance(value, Mapping):
+            _check_audit(value, key)
+        elif prefix == "audit" and name not in ("images", "source"):
+            raise UserError(f"{key}={value} is a group of keys: give one of them, as {key}.share=0.1")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            if not value:
+                raise UserError(f"{key} is empty: give at least one number")
+            for item in value:
+                as_whole(item, key) if name == "steps" else as_number(item, key)
+        elif name in _EFFORTS:
+            as_whole(value, key)
+        elif key != "audit.source":
+            as_number(value, key)
 
 
 def _shown(value: Any) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
+from tests.conftest import refused
 from torch import Tensor
 
 from redoubt import config, jobs
@@ -357,3 +358,18 @@ def test_cure_revision() -> None:
     with torch.no_grad():
         wanted = F.cross_entropy(module.revision(x), y, reduction="none")
         torch.testing.assert_close(module.adaptive(x, y)["revision"](x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("audit.images=abc", "audit.images='abc' is not a number"),
+        ("audit.images=0", "audit.images=0 must be a whole number of at least 1"),
+        ("audit.noise.draws=1.5", "audit.noise.draws=1.5 must be a whole number"),
+        ("audit.eps_curve.eps=[]", "audit.eps_curve.eps is empty"),
+        ("audit.one_step.share=much", "audit.one_step.share='much' is not a number"),
+        ("audit.finite_differences=3", "audit.finite_differences=3 is a group of keys"),
+    ],
+)
+def test_keys_that_are_no_numbers(override: str, says: str) -> None:
+    refused(lambda: config.resolve(config.compose([override], "audit")), says)
