@@ -204,11 +204,14 @@ def _check_audit(section: Mapping[str, Any], prefix: str = "audit") -> None:
             if not value:
                 raise UserError(f"{key} is empty: give at least one number")
             for item in value:
-                as_whole(item, key) if name == "steps" else as_number(item, key)
+                if (as_whole(item, key) if name == "steps" else as_number(item, key)) < 0:
+                    raise UserError(f"{key}={list(value)} must hold no negative number")
         elif name in _EFFORTS:
-            as_whole(value, key)
+            as_whole(value, key, 2 if name == "passes" else 1)
         elif key != "audit.source":
-            as_number(value, key)
+            positive = name in ("h", "tolerance", "step", "radius")
+            if as_number(value, key) <= 0 and positive:
+                raise UserError(f"{key}={value} must be above 0")
 
 
 def _shown(value: Any) -> str:

@@ -35,7 +35,7 @@ SMALL = (
 )  # fmt: skip
 #: The default thresholds, with less effort.
 QUICK = (
-    "audit.images=100", "audit.iterations.least=10", "audit.restarts.steps=20", "audit.restarts.more=2",
+    "audit.images=100", "audit.iterations.least=10", "audit.iterations.factor=2", "audit.restarts.steps=20", "audit.restarts.more=2",
     "audit.noise.draws=20", "audit.black_box.queries=300", "audit.adaptive.steps=20", "audit.eps_curve.steps=10",
     "audit.iterations_curve.steps=[1,3,10,20]", "audit.finite_differences.images=8",
     "audit.finite_differences.directions=4",
@@ -138,18 +138,42 @@ class StraightThrough(RobustModule):
         (Random, {"randomness"}),
         (Detached, {"gradients", "white box", "finite differences"}),
         (StraightThrough, {"finite differences"}),
+        ("OffsetRandom", {"randomness"}),
+        ("NanGradient", {"gradients", "finite differences", "loss landscape"}),
     ],
     ids=lambda f: getattr(f, "__name__", ""),
 )
 def test_planted_fakes_are_caught(
     fake: type[RobustModule], caught: set[str], honest: RobustModule, trained: Any
 ) -> None:
-    honest.__class__ = fake
+    honest.__class__ = globals()[fake] if isinstance(fake, str) else fake
     checks = audit(honest, trained)
     assert caught <= failed(checks), {name: (c.value, c.limit, c.details) for name, c in checks.items()}
     report = summary(list(checks.values()))
     assert not report["passed"]
-    json.dumps(report)  # all of it can be written
+    json.dumps(report, allow_nan=False)  # all of it can be written
+
+
+class OffsetRandom(RobustModule):
+    """An offset of all logits hides no noise."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        z = super().logits(x)
+        return z + 1e4 + 3 * torch.randn(z.shape)
+
+
+class NanGradient(RobustModule):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g * torch.nan
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(NanGradient.Function.apply(x))
 
 
 class Masked(RobustModule):
@@ -177,7 +201,7 @@ def test_a_rugged_loss_is_caught(honest: RobustModule, trained: Any) -> None:
         ("finite differences", "audit.finite_differences.share=-1"),
         ("finite differences", "audit.finite_differences.tolerance=0"),
         ("loss landscape", "audit.landscape.cosine=1.1"),
-        ("accuracy over eps", "audit.eps_curve.guessing=1"),
+        ("large eps", "audit.eps_curve.guessing=1"),
         ("FSR's criteria", "audit.fsr_criteria.unbounded=-1"),
     ],
 )
@@ -218,10 +242,13 @@ def test_files_and_the_mark_in_results(trained: Any, redoubt_audit: Any, monkeyp
     cfg, data, run = trained
     before = running.evaluate_run(cfg, data, run)
     assert before["audited"] is False
+    redoubt_audit("audit.source=null", "audit.noise.draws=1")
+    assert stored_results(run, before)["audited"] is False, "an experiment marks nothing"
+    monkeypatch.setattr(record, "usual_audit", keys)
     report = redoubt_audit("natural.trainer.max_epochs=1")
     assert report["passed"]
     assert {c["name"]: c["passed"] for c in report["checks"]}["transfer"] is True
-    (folder,) = (run.folder / "audit").iterdir()
+    (folder,) = (f for f in (run.folder / "audit").iterdir() if json.loads((f / "audit.json").read_text()) == report)
     assert json.loads((folder / "audit.json").read_text()) == report
     for check in report["checks"]:
         assert set(check) == {"name", "rule", "value", "limit", "passed", "details", "seconds"}
@@ -230,25 +257,51 @@ def test_files_and_the_mark_in_results(trained: Any, redoubt_audit: Any, monkeyp
         rows = list(csv.DictReader((folder / f"{name}.csv").open()))
         assert set(rows[0]) == {x, "accuracy"}
         assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
-    stored = json.loads((run.eval / before["evaluation"] / "results.json").read_text())
-    assert stored == {**before, "audited": True, "audits": [folder.name], "audit_failed": []}
-    later = config.resolve(OmegaConf.merge(cfg, {"attack": {"attacks": {"pgd20": {"steps": 21}}}}))
+    assert stored_results(run, before) == {**before, "audited": True, "audits": [folder.name], "audit_failed": []}
+    later = config.resolve(OmegaConf.merge(cfg, {"evaluation": {"chunk": 50}}))
     assert running.evaluate_run(later, data, run)["audited"] is True, "an evaluation after the audit knows of it"
+    weak = config.resolve(OmegaConf.merge(cfg, {"attack": {"attacks": {"pgd20": {"steps": 21}}}}))
+    assert running.evaluate_run(weak, data, run)["audited"] is False, "another suite was not audited"
     monkeypatch.setattr(record, "Audit", None)
     assert redoubt_audit("natural.trainer.max_epochs=1") == report, "answered from the store"
 
 
-def test_a_failed_audit_ends_with_exit_code_3_and_marks_the_results(trained: Any, redoubt_audit: Any) -> None:
+def stored_results(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.eval / results["evaluation"] / "results.json").read_text())
+    return found
+
+
+def test_a_failed_audit_ends_with_exit_code_3_and_marks_the_results(
+    trained: Any, redoubt_audit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, data, run = trained
     before = running.evaluate_run(cfg, data, run)
+    monkeypatch.setattr(record, "usual_audit", lambda: keys("audit.one_step.share=-1"))
     with pytest.raises(CheckFailed, match="one step"):
         redoubt_audit("audit.source=null", "audit.one_step.share=-1")
-    stored = json.loads((run.eval / before["evaluation"] / "results.json").read_text())
+    stored = stored_results(run, before)
     assert stored["audited"] is False
     assert stored["audit_failed"] == ["one step"]
     for folder in (run.folder / "audit").iterdir():
         if json.loads((folder / "audit.json").read_text())["failed"]:
             (folder / "audit.json").unlink()
+
+
+@pytest.mark.parametrize("attack", ["none", "corruptions"])
+def test_a_suite_without_a_ball_is_refused(redoubt_audit: Any, attack: str) -> None:
+    refused(lambda: redoubt_audit("audit.source=null", f"attack={attack}"), "take a suite with attacks and an eps")
+
+
+def test_a_suite_of_one_step_is_not_taken_for_another(trained: Any, honest: RobustModule) -> None:
+    _, data, _ = trained
+    images, labels = data.arrays("test")
+    tree = plain(config.compose(["data=digits", "attack=fgsm"]).attack)
+    tree["attacks"]["fgsm"]["eps"] = 0.1
+    found = Audit(honest, images[:100], labels[:100], suite({**tree, "eps": 0.1}), keys=keys(), seed=0, device=CPU,
+                  progress=False)()  # fmt: skip
+    checks = {check.name: check for check in found}
+    assert checks["white box"].details["strongest"] == "fgsm"
+    assert "restarts" in failed(checks)
 
 
 def test_bad_input_is_one_line(redoubt_audit: Any) -> None:
@@ -369,6 +422,9 @@ def test_cure_revision() -> None:
         ("audit.eps_curve.eps=[]", "audit.eps_curve.eps is empty"),
         ("audit.one_step.share=much", "audit.one_step.share='much' is not a number"),
         ("audit.finite_differences=3", "audit.finite_differences=3 is a group of keys"),
+        ("audit.finite_differences.h=0", "audit.finite_differences.h=0 must be above 0"),
+        ("audit.randomness.passes=1", "audit.randomness.passes=1 must be a whole number of at least 2"),
+        ("audit.eps_curve.eps=[1,-2]", "audit.eps_curve.eps=[1, -2] must hold no negative number"),
     ],
 )
 def test_keys_that_are_no_numbers(override: str, says: str) -> None:

@@ -34,7 +34,7 @@ class Net(nn.Module):
     """Ten classes of 8x8 images, by a net that attacks can fool."""
 
     format = torch.contiguous_format
-    num_classes = 10
+    num_classes, image_size = 10, 8
 
     def __init__(self):
         super().__init__()

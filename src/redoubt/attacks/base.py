@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,10 @@ class Attack:
     cost: float = 1.0
     #: Whether it differentiates the logits.
     needs_gradients: bool = True
+    #: Of an adapter: the library and its version, for another version may find other examples.
+    library: str | None = None
+    #: What decides the examples, of an attack that is one of several that a function made.
+    settings: Any = None
     #: Of attacks whose mean accuracy is a result too.
     group: str | None = None
 

@@ -56,6 +56,7 @@ class Corruption(Attack):
         if severity not in SEVERITIES:
             raise UserError(f"severity={severity!r} is not known: take a whole number from 1 to 5")
         self.kind, self.severity = kind, int(severity)
+        self.settings = [kind, self.severity]
         self.group = next(group for group, kinds in GROUPS.items() if kind in kinds)
 
     @torch.no_grad()
@@ -85,6 +86,9 @@ def corruptions(*, kinds: Sequence[str] | None = None, severities: Sequence[int]
     Raises:
         UserError: A kind or a severity is not known.
     """
+    for name, value in (("kinds", kinds), ("severities", severities)):
+        if value is not None and (isinstance(value, str) or not isinstance(value, Sequence) or not value):
+            raise UserError(f"{name}={value!r} must be a list, as [{value}]")
     return {
         f"{kind}_{severity}": Corruption(kind=kind, severity=severity)
         for kind in (KINDS if kinds is None else kinds)

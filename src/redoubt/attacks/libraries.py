@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class AutoAttack(Attack):
 
     An example's verdict is that of ``pyautoattack.AutoAttack(net, norm=..., eps=..., version=...,
     seed=redoubt.attacks.base.library_seed(evaluation.seed, chunk))`` called by hand on the chunk's images with
-    ``batch_size=evaluation.chunk``. With fewer than 10 classes the targeted attacks take all wrong ones; with up to
+    ``batch_size=evaluation.chunk`` (of a list: ``version="custom", attacks=[...]``, with the library's 5 restarts of
+    APGD and FAB). With fewer than 10 classes the targeted attacks take all wrong ones; with up to
     three only apgd-ce and square are defined.
 
     Args:
@@ -79,6 +81,7 @@ class AutoAttack(Attack):
     ) -> None:
         library("pyautoattack", "attacks")
         self.eps, self.norm, self.queries = as_number(eps, "eps"), norm, as_whole(queries, "queries")
+        self.library = _version("pyautoattack")
         named = isinstance(version, str) and version in self.VERSIONS
         listed = version if named or not isinstance(version, str | None) else [str(version)]
         if not isinstance(listed, str):
@@ -112,8 +115,6 @@ class AutoAttack(Attack):
                 classes = logits(x[:1]).shape[1]
             for targeted in (attack.apgd_targeted, attack.fab):
                 targeted.n_target_classes = min(9, classes - 1)
-            if named:  # as in `standard`: one start each
-                attack.apgd.n_restarts = attack.fab.n_restarts = 1
             if classes <= 3:
                 defined = [a for a in attack.attacks_to_run if a in ("apgd-ce", "square")]
                 if not defined:
@@ -158,8 +159,10 @@ class TorchAttacks(Attack):
         if name not in known:
             raise UserError(f"name={name!r} is no attack of torchattacks{did_you_mean(str(name), known)}")
         self.kind: Any = found[name]
+        self.library = _version("torchattacks")
         takes = [p for p in inspect.signature(self.kind.__init__).parameters if p not in ("self", "model")]
-        given = {str(k): as_number(v, k) if isinstance(v, str) and "/" in v else v for k, v in (options or {}).items()}
+        options = _mapping(options)
+        given = {str(k): as_number(v, k) if isinstance(v, str) and "/" in v else v for k, v in options.items()}
         for option in given:
             if option not in takes:
                 raise UserError(
@@ -218,11 +221,12 @@ class Foolbox(Attack):
     ) -> None:
         module = library("foolbox", "foolbox").attacks
         base = importlib.import_module("foolbox.attacks.base").Attack
-        known = sorted(n for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base))
+        classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
+        known = sorted(n for n, c in classes.items() if not inspect.isabstract(c))
         if name not in known:
             raise UserError(f"name={name!r} is no attack of foolbox{did_you_mean(str(name), known)}")
         self.kind: Any = getattr(module, name)
-        self.options = dict(options or {})
+        self.options, self.library = _mapping(options), _version("foolbox")
         try:
             attack = self.kind(**self.options)
             self.cost = float(getattr(attack, "steps", 100) or 1)
@@ -245,6 +249,16 @@ class Foolbox(Attack):
         with torch.enable_grad(), library_errors(f"foolbox.attacks.{self.kind.__name__}"):
             _, adv, _ = self.kind(**self.options)(net, x, y, epsilons=self.eps)
         return torch.where(adv.isfinite().flatten(1).all(1)[:, None, None, None], adv, x)
+
+
+def _version(package: str) -> str:
+    return f"{package} {metadata.version(package)}"
+
+
+def _mapping(options: Any) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise UserError(f"options={options!r} must be a mapping: write it in quotes, as 'attack.options={{steps:20}}'")
+    return dict(options or {})
 
 
 def _measure(kind: type) -> str | None:

@@ -15,7 +15,7 @@ from redoubt.attacks.base import Attack, Draws, Logits
 from redoubt.attacks.pgd import PGD
 from redoubt.errors import UserError
 from redoubt.objectives.base import kl_per_example, margin
-from redoubt.units import as_whole
+from redoubt.units import as_number, as_whole
 
 LOSSES = ("ce", "margin", "dlr", "kl")
 
@@ -69,16 +69,19 @@ class WhiteBox(Attack):
         if loss not in LOSSES:
             raise UserError(f"loss={loss!r} is not known: take {', '.join(LOSSES)}")
         self.restarts, self.eot = as_whole(restarts, "restarts"), as_whole(eot, "eot")
-        if start == "none" and restarts > 1:
+        if not isinstance(keep_best, bool):
+            raise UserError(f"keep_best={keep_best!r} must be true or false")
+        if start == "none" and self.restarts > 1:
             raise UserError(f"restarts={restarts} from a fixed start are all the same: take start=uniform")
         if start == "none" and loss == "kl":
             raise UserError("loss=kl has no gradient at the image itself: take start=uniform or start=normal")
+        steps = as_whole(steps, "steps", 0)
         self.pgd = PGD(
             eps=eps, norm=norm, steps=steps, step=step, step_abs=step_abs, start=start, sigma=sigma,
             clip_start=clip_start, keep_best=keep_best,
         )  # fmt: skip
         self.norm, self.eps = norm, self.pgd.eps
-        self.loss, self.kappa = loss, float(kappa)
+        self.loss, self.kappa = loss, as_number(kappa, "kappa")
         self.keep_best = keep_best
         self.cost = float(self.steps * self.restarts * self.eot)
 

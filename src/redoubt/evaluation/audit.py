@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -22,8 +23,9 @@ from redoubt.attacks import PGD, Attack, AutoAttack, WhiteBox
 from redoubt.attacks.base import Draws
 from redoubt.attacks.geometry import BALLS
 from redoubt.defenses import RobustModule
+from redoubt.errors import UserError
 from redoubt.evaluation.suite import Suite
-from redoubt.evaluation.verdicts import full_precision, own_randomness
+from redoubt.evaluation.verdicts import difference, full_precision, own_randomness
 from redoubt.nets import attack_mode
 from redoubt.rng import generator
 from redoubt.training.progress import Counter
@@ -97,24 +99,24 @@ class Audit:
         self.source, self.progress = source, progress
         self.x, self.y = images.to(device).float() / 255, labels.to(device)
         self.n = len(labels)
-        self.norm = suite.norm
-        self.eps = float(suite.eps or 0.0)
+        if not suite.eps or not suite.attacks:
+            raise UserError(
+                "attack: an audit is of attacks within a ball: take a suite with attacks and an eps above 0"
+            )
+        self.norm, self.eps = suite.norm, float(suite.eps)
         self.curves: dict[str, dict[str, list[float]]] = {}
         self.white: Tensor = torch.ones(self.n, dtype=torch.bool, device=device)
-        self.pgds = {
-            name: a for name, a in suite.attacks.items() if isinstance(a, WhiteBox) and name not in suite.on_source
-        }
-        iterative = {name: a for name, a in self.pgds.items() if a.steps > 1}
-        self.pgds = iterative or {
-            f"pgd100_{loss}": WhiteBox(eps=self.eps, norm=self.norm, loss=loss, steps=100, step=0.1)
+        own = {n: a for n, a in suite.attacks.items() if isinstance(a, WhiteBox) and n not in suite.on_source}
+        self.pgds = own or {
+            f"stand_in_{loss}": WhiteBox(eps=self.eps, norm=self.norm, loss=loss, steps=100, step=0.1)
             for loss in ("ce", "margin")
         }
         self.differentiable, self.strongest = True, ""
 
     CHECKS = (
         "randomness", "probabilities", "zero_gradients", "white_box", "iterations", "restarts", "one_step", "noise",
-        "eps_curve", "iterations_curve", "black_box", "transfer", "adaptive", "finite_differences", "landscape",
-        "fsr_criteria",
+        "eps_curve", "large_eps", "iterations_curve", "black_box", "transfer", "adaptive", "finite_differences",
+        "landscape", "fsr_criteria",
     )  # fmt: skip
 
     def __call__(self) -> list[Check]:
@@ -127,7 +129,7 @@ class Audit:
             if self.source is not None:
                 stack.enter_context(attack_mode(self.source))
             self.natural = self.right(self.x)
-            self.white = self.suite_white = self.natural.clone()
+            self.white, self.standing, self.left = (self.natural.clone() for _ in range(3))
             for name in self.CHECKS:
                 counter.note(name)
                 began = time.monotonic()
@@ -147,8 +149,7 @@ class Audit:
         check = Check("randomness", "passes over the same images give the same logits (largest difference, relative)")
         with torch.no_grad():
             passes = [self.logits(self.x) for _ in range(int(keys["passes"]))]
-        scale = passes[0].abs().max().clamp_min(1.0)
-        spread = max(float(((z - passes[0]).abs().max() / scale).nan_to_num(torch.inf)) for z in passes[1:])
+        spread = max(float((difference(z, passes[0])).nan_to_num(torch.inf)) for z in passes[1:])
         changed = torch.stack([z.argmax(1) != passes[0].argmax(1) for z in passes[1:]]).any(0).sum()
         return check.judged(spread, keys["largest"], predictions_changed=int(changed), passes=len(passes))
 
@@ -174,7 +175,7 @@ class Audit:
             if gradient is None:
                 self.differentiable = False
                 return check.judged(1.0, keys["share"], why="the logits have no gradient at all")
-            shares.append(float((gradient.flatten(1).abs().amax(1) == 0).double().mean()))
+            shares.append(self.share(~(gradient.flatten(1).abs().amax(1) > 0)))  # NaN is no gradient either
         return check.judged(max(shares), keys["share"], at_images=shares[0], at_random_starts=shares[1:])
 
     def finite_differences(self, draws: torch.Generator) -> Check:
@@ -200,7 +201,7 @@ class Audit:
                 measured = (loss(x + h * d) - loss(x - h * d)) / (2 * h)
                 scale = torch.maximum(slope.abs(), measured.abs()).clamp_min(1e-6)  # less is rounding
                 error = (slope - measured).abs() / scale
-                wrong += int((error > float(keys["tolerance"])).sum())
+                wrong += int((~(error <= float(keys["tolerance"]))).sum())
                 total += len(y)
                 worst = max(worst, float(error.max()))
         return check.judged(wrong / total, keys["share"], largest_relative_error=worst, directions=total)
@@ -218,42 +219,43 @@ class Audit:
         assert there is not None
         cosine = F.cosine_similarity(here.flatten(1).double(), there.flatten(1).double(), dim=1, eps=1e-300)
         return check.judged(
-            float((cosine < float(keys["cosine"])).double().mean()), keys["share"], median_cosine=float(cosine.median())
+            self.share(~(cosine >= float(keys["cosine"]))), keys["share"], median_cosine=float(cosine.median())
         )
 
     # ---- white box ----------------------------------------------------------------------------------------------
 
     def white_box(self, draws: torch.Generator) -> Check:
-        """The suite's PGDs, which all later checks compare with; the strongest of them."""
+        """The suite's PGDs and the strongest of them; the iterative ones are what later checks compare with."""
         check = Check("white box", "the suite's attacks by gradient run on these images")
         if not self.differentiable:
             return check.skipped("the logits have no gradient", failed=True)
         found = {name: self.under(attack, name) for name, attack in self.pgds.items()}
         self.strongest = min(found, key=lambda name: int(found[name].sum()))
-        for right in found.values():
-            self.white &= right
-        self.suite_white = self.white.clone()
+        for name, right in found.items():
+            if self.pgds[name].steps > 1:
+                self.white &= right
+        self.standing = found[self.strongest] & self.natural
+        self.left = self.standing.clone()
         accuracies = {name: self.share(right) for name, right in found.items()}
         check.passed = True
         check.details = {"natural": self.share(self.natural), **accuracies, "strongest": self.strongest}
         check.details["union"] = self.share(self.white)
+        if self.strongest.startswith("stand_in"):
+            check.details["why"] = "the suite has no PGD: PGD-100 on cross-entropy and margin stands in"
         return check
 
     def iterations(self, draws: torch.Generator) -> Check:
         keys = self.keys["iterations"]
         steps = int(keys["factor"]) * max(int(keys["least"]), self.reference.steps)
-        return self.more("iterations", f"{steps} iterations break no more than the suite's PGDs (share gained)", keys,
-                         {f"{self.reference.loss}_{steps}": self.variant(steps=steps)})  # fmt: skip
+        rule = f"{steps} iterations break no more than the suite's strongest PGD (share gained)"
+        return self.more(Check("iterations", rule), f"{self.reference.loss}_{steps}", self.variant(steps=steps), keys)
 
     def restarts(self, draws: torch.Generator) -> Check:
         keys = self.keys["restarts"]
-        more = {
-            f"{loss}_{keys['steps']}x{keys['more']}": self.variant(
-                loss=loss, steps=int(keys["steps"]), start="uniform", restarts=int(keys["more"])
-            )
-            for loss in dict.fromkeys([self.reference.loss, "margin"])
-        }
-        return self.more("restarts", f"{keys['more']} random restarts more break no more (share gained)", keys, more)
+        steps, more = max(int(keys["steps"]), self.reference.steps), int(keys["more"])
+        rule = f"these iterations and {more} random restarts more break no more than it (share gained)"
+        attack = self.variant(steps=steps, start="uniform", restarts=more, step_abs=self.eps * float(keys["step"]))
+        return self.more(Check("restarts", rule), f"{self.reference.loss}_{steps}x{more}", attack, keys)
 
     def adaptive(self, draws: torch.Generator) -> Check:
         keys = self.keys["adaptive"]
@@ -276,20 +278,16 @@ class Audit:
         gained = int(self.white.sum()) - int(union.sum())
         return check.judged(gained / self.n, self.allowed(keys), gained=found, union=self.share(union))
 
-    def more(self, name: str, rule: str, keys: Mapping[str, Any], attacks: Mapping[str, Attack]) -> Check:
-        """Whether more effort breaks more of what still stands; what it breaks counts as broken from then on."""
-        check = Check(name, rule)
+    def more(self, check: Check, label: str, attack: WhiteBox, keys: Mapping[str, Any]) -> Check:
+        """Whether more effort breaks more than the strongest PGD; what it breaks counts as broken from then on."""
         if not self.differentiable:
             return check.skipped("the logits have no gradient", failed=True)
-        before = int(self.suite_white.sum())
-        left = self.suite_white.clone()
-        for label, attack in attacks.items():
-            rows = left.nonzero()[:, 0]
-            if len(rows):
-                left[rows] &= self.under(attack, f"{name}/{label}", rows)
-            check.details[label] = self.share(left)
-        self.white &= left
-        return check.judged((before - int(left.sum())) / self.n, self.allowed(keys), suite=before / self.n)
+        rows = self.left.nonzero()[:, 0]
+        if len(rows):
+            self.left[rows] &= self.under(attack, f"{check.name}/{label}", rows)
+        self.white &= self.left | ~self.standing
+        before, after = self.share(self.standing), self.share(self.left)
+        return check.judged(before - after, self.allowed(keys), **{self.strongest: before, label: after})
 
     # ---- what must not be stronger ----------------------------------------------------------------------------
 
@@ -355,7 +353,7 @@ class Audit:
 
     def eps_curve(self, draws: torch.Generator) -> Check:
         keys = self.keys["eps_curve"]
-        check = Check("accuracy over eps", "accuracy rises nowhere as eps grows, and ends at a guess or below")
+        check = Check("accuracy over eps", "accuracy rises nowhere as eps grows (largest rise)")
         if not self.differentiable:
             return check.skipped("the logits have no gradient", failed=True)
         # Another norm's distances are in proportion to its threat model's.
@@ -370,14 +368,18 @@ class Audit:
             accuracies.append(self.share(self.right(adv)))
         self.curves["accuracy_over_eps"] = {"eps": grid, "accuracy": accuracies}
         rise = max((b - a for a, b in itertools.pairwise(accuracies)), default=0.0)
-        allowed = max(float(keys["points"]) / 100, float(keys["examples"]) / self.n)
-        guess = float(torch.bincount(self.y).max()) / self.n
+        return check.judged(max(0.0, rise), self.allowed(keys), eps=grid, accuracy=accuracies)
+
+    def large_eps(self, draws: torch.Generator) -> Check:
+        keys = self.keys["eps_curve"]
+        check = Check("large eps", "from 128/255 on accuracy is that of a guess at most (the largest class's share)")
+        if not self.differentiable:
+            return check.skipped("the logits have no gradient", failed=True)
+        accuracies = self.curves["accuracy_over_eps"]["accuracy"]
         late = [a for e, a in zip(keys["eps"], accuracies, strict=True) if float(e) >= float(keys["guessing"])]
-        check.judged(max(0.0, rise), allowed, eps=grid, accuracy=accuracies, largest_class=guess)
-        if late and max(late) > guess:
-            check.passed = False
-            check.details["why"] = f"{max(late):.4f} at a large eps, the largest class has {guess:.4f}"
-        return check
+        if not late:
+            return check.skipped(f"audit.eps_curve.eps has none from {keys['guessing']} on")
+        return check.judged(max(late), float(torch.bincount(self.y).max()) / self.n)
 
     def iterations_curve(self, draws: torch.Generator) -> Check:
         keys = self.keys["iterations_curve"]
@@ -392,8 +394,7 @@ class Audit:
             accuracies.append(self.share(self.right(adv)))
         self.curves["accuracy_over_iterations"] = {"iterations": sorted(keys["steps"]), "accuracy": accuracies}
         rise = max((b - a for a, b in itertools.pairwise(accuracies)), default=0.0)
-        allowed = max(float(keys["points"]) / 100, float(keys["examples"]) / self.n)
-        return check.judged(max(0.0, rise), allowed, iterations=sorted(keys["steps"]), accuracy=accuracies)
+        return check.judged(max(0.0, rise), self.allowed(keys), iterations=sorted(keys["steps"]), accuracy=accuracies)
 
     def fsr_criteria(self, draws: torch.Generator) -> Check:
         """FSR's own three: iterative beats one-step, white box beats black box, without a bound nothing stands."""
@@ -404,13 +405,13 @@ class Audit:
         black = self.queried & self.transferred
         last = self.curves["accuracy_over_eps"]["accuracy"][-1]
         met = {
-            "iterative_beats_one_step": self.share(self.suite_white) <= self.share(self.single),
+            "iterative_beats_one_step": self.share(self.standing) <= self.share(self.single),
             "white_box_beats_black_box": self.share(self.white) <= self.share(black),
             "accuracy_falls_to_zero": last <= float(keys["unbounded"]),
         }
         return check.judged(
             float(sum(not m for m in met.values())), 0.0, **met, one_step=self.share(self.single),
-            iterative=self.share(self.suite_white), black_box=self.share(black), white_box=self.share(self.white),
+            iterative=self.share(self.standing), black_box=self.share(black), white_box=self.share(self.white),
             largest_eps=last,
         )  # fmt: skip
 
@@ -422,13 +423,14 @@ class Audit:
         return self.pgds[self.strongest] if self.strongest else next(iter(self.pgds.values()))
 
     def variant(self, **changes: Any) -> WhiteBox:
-        """The strongest PGD with other options; its step size is kept."""
+        """The strongest PGD with other options."""
         own = self.reference
         options: dict[str, Any] = {
             "eps": self.eps, "norm": self.norm, "loss": own.loss, "kappa": own.kappa, "steps": own.steps,
-            "start": own.pgd.start, "eot": own.eot, "keep_best": own.keep_best, **changes,
+            "start": own.pgd.start, "step_abs": min(own.pgd.step_size, self.eps / 4), "eot": own.eot,
+            "keep_best": own.keep_best, **changes,
         }  # fmt: skip
-        return WhiteBox(step_abs=min(own.pgd.step_size, self.eps / 4), **options)
+        return WhiteBox(**options)
 
     def logits(self, x: Tensor) -> Tensor:
         return self.module.logits(x.contiguous(memory_format=self.module.format))
@@ -474,6 +476,15 @@ class Audit:
         return max(float(keys["points"]) / 100, float(keys["examples"]) / self.n)
 
 
+def _writable(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become words."""
+    if isinstance(value, dict):
+        return {k: _writable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_writable(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def summary(checks: list[Check]) -> dict[str, Any]:
     """What audit.json says of the checks."""
     failed = [check.name for check in checks if check.passed is False]
@@ -481,5 +492,5 @@ def summary(checks: list[Check]) -> dict[str, Any]:
         "passed": not failed,
         "failed": failed,
         "skipped": [check.name for check in checks if check.passed is None],
-        "checks": [asdict(check) for check in checks],
+        "checks": [_writable(asdict(check)) for check in checks],
     }

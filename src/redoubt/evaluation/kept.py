@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import redoubt
 from redoubt.errors import UserError
 from redoubt.runs.files import atomic, cannot_write
 from redoubt.runs.identity import canonical
@@ -52,7 +53,7 @@ class Kept:
         if save is not None and save not in FORMATS:
             raise UserError(f"evaluation.save={save!r} is not known: take {', '.join(FORMATS)} or null")
         self.folder, self.save = folder, save
-        self.common = {**common, "rounded": True if save == "uint8" else None}
+        self.common = {**common, "numerics": redoubt.NUMERICS, "rounded": True if save == "uint8" else None}
         self.seen: dict[str, dict[tuple[int, int], Outcome]] = {}
 
     def file(self, name: str, decisive: Any) -> Path:

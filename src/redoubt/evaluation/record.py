@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from redoubt import config
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
@@ -23,7 +24,7 @@ from redoubt.evaluation.suite import Suite, suite
 from redoubt.evaluation.verdicts import Judge, accuracies, nrr
 from redoubt.reporting.figures import curve
 from redoubt.runs.files import read_json, write_bytes, write_json
-from redoubt.runs.identity import canonical
+from redoubt.runs.identity import canonical, plain
 from redoubt.training.distributed import ranks
 
 
@@ -73,14 +74,16 @@ def evaluate(
         stored = read_json(folder / name / "results.json")
         if stored is not None:
             return stored
+    for name_on in chosen.on_source:
+        chosen.sections[name_on]["source"] = on.identity if on else None
     images, labels = (t[:limit] for t in data.arrays("test"))
-    if int(labels.max()) >= module.num_classes:
-        raise UserError(f"the net has {module.num_classes} classes, the test labels go up to {int(labels.max())}")
+    for key, own in (("num_classes", module.num_classes), ("image_size", module.image_size)):
+        if getattr(data, key) != own:
+            raise UserError(f"data.{key}={getattr(data, key)}, but the net was made for {own}: leave it as it was")
     common = {
         "chunk": options["chunk"],
         "seed": options["seed"],
         "weights": weights_id,
-        "source": on.identity if on else None,
         "test": data.fingerprint("test"),
         "balanced": data.limit_test is not None,  # then in another order
     }
@@ -98,9 +101,9 @@ def evaluate(
         progress=bool(tree["trainer"]["progress"]),
     )
     verdicts = judge(images, labels)
-    threat = {"norm": attack["norm"], "eps": attack["eps"]}
-    audit = _audit(folder, weights_id, threat) if folder is not None else {"audited": False}
-    results = _results(name, chosen, attack, facts, verdicts, judge, weights_id, audit)
+    results = _results(name, chosen, attack, facts, verdicts, judge, weights_id)
+    if folder is not None:
+        results |= _audit(folder, results, attack)
     if on is not None:
         results["source"] = on.identity
     if folder is not None and ranks()[0] == 0:
@@ -186,22 +189,36 @@ def audited(
         write_json(where / "audit.json", report)
     for path in (folder / "eval").glob("*/results.json"):
         results = read_json(path)
-        if results is not None and results.get("weights_id") == weights_id and results["threat"] == report["threat"]:
-            write_json(path, {**results, **_audit(folder / "eval", weights_id, report["threat"])})
+        settings = read_json(path.parent / "attack.json")
+        if results is not None and settings is not None and results.get("weights_id") == weights_id:
+            write_json(path, {**results, **_audit(folder / "eval", results, settings["attack"])})
     return report, where
 
 
-def _audit(folder: Path, weights_id: str, threat: Mapping[str, Any]) -> dict[str, Any]:
-    """What results.json says of audits of these weights under this threat: passed only if all of them passed."""
-    found = [(path, read_json(path)) for path in sorted((folder.parent / "audit").glob("*/audit.json"))]
-    of_these = [
-        (path.parent.name, report)
-        for path, report in found
-        if report is not None and report["weights_id"] == weights_id and report["threat"] == threat
-    ]
-    passed = bool(of_these) and all(report["passed"] for _, report in of_these)
-    failed = sorted({name for _, report in of_these for name in report["failed"]})
-    return {"audited": passed, "audits": [name for name, _ in of_these], "audit_failed": failed}
+def usual_audit() -> dict[str, Any]:
+    """The thresholds and efforts of conf/audit.yaml."""
+    keys: dict[str, Any] = plain(config.compose([], "audit").audit)
+    return keys
+
+
+def _audit(folder: Path, results: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, Any]:
+    """What results.json says of audits: those of these weights by this very suite, as conf/audit.yaml has it.
+
+    An audit with other thresholds or less effort is an experiment: it marks nothing.
+    """
+    usual = canonical({**usual_audit(), "source": None})
+    reports = {path.parent.name: read_json(path) for path in sorted((folder.parent / "audit").glob("*/audit.json"))}
+    of_these = {
+        name: report
+        for name, report in reports.items()
+        if report is not None
+        and report["weights_id"] == results["weights_id"]
+        and canonical(report["attack"]) == canonical(attack)
+        and canonical({**report["keys"], "source": None}) == usual
+        and report["n"] >= min(usual["images"], results["n"])
+    }
+    failed = sorted({name for report in of_these.values() for name in report["failed"]})
+    return {"audited": bool(of_these) and not failed, "audits": list(of_these), "audit_failed": failed}
 
 
 def evaluation_name(tree: Mapping[str, Any], data: ImageData, weights: list[str]) -> str:
@@ -230,7 +247,6 @@ def _results(
     verdicts: Mapping[str, np.ndarray],
     judge: Judge,
     weights_id: str,
-    audit: Mapping[str, Any],
 ) -> dict[str, Any]:
     metrics: dict[str, dict[str, Any]] = dict(accuracies(verdicts))
     for n, outside in judge.outside.items():
@@ -251,19 +267,20 @@ def _results(
         "nrr": {k: nrr(natural, float(metrics[k]["accuracy"])) for k in _robust(metrics, chosen)},
         "train_seconds": facts["train_seconds"],
         "eval_seconds": judge.seconds,
-        **audit,
+        "audited": False,
         "weights_id": weights_id,
     }
 
 
 def _robust(metrics: Mapping[str, Any], chosen: Suite) -> list[str]:
-    """Which accuracies NRR is of: C&W and AutoAttack, as CURE's tables; where neither is there, the last attack.
+    """Which accuracies NRR is of: C&W and AutoAttack, as CURE's tables; where neither is there, the strongest attack.
 
     A corruption is no attack: it has no NRR.
     """
     found = [name for name in ("cw", "autoattack") if name in metrics]
-    last = [n for n in metrics if n == "ensemble" or (n in chosen.attacks and not chosen.groups)]
-    return found or [n for n in last if n != "ensemble"][-1:] or last
+    attacks = [n for n in metrics if n in chosen.attacks and not chosen.groups]
+    attacks = attacks or [n for n in metrics if n == "ensemble"]
+    return found or ([min(attacks, key=lambda n: metrics[n]["accuracy"])] if attacks else [])
 
 
 def _write(

@@ -65,7 +65,8 @@ def suite(section: Mapping[str, Any]) -> Suite:
             attacks[name] = attack
             if attack.group is not None:
                 groups.setdefault(attack.group, []).append(name)
-            sections[name] = {"attack": options if attack is made else [options, name], "net": net}
+            decisive = options if attack is made else [options["_target_"], attack.settings]
+            sections[name] = {"attack": decisive, "net": net}
             if net == "source":
                 on_source.add(name)
     return Suite(

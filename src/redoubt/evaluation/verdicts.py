@@ -108,7 +108,8 @@ class Judge:
                 if found is None:
                     x, y = images[rows].to(self.device).float() / 255, labels[rows].to(self.device)
                     if not checked:
-                        self.examine(x[:2])
+                        with own_randomness(self.seed, self.device):
+                            self.examine(x[: max(2, len(x) // 32)])
                         checked = True
                     found = self.attack(x, y, i, counter)
                 mine[i] = found
@@ -266,13 +267,18 @@ class Judge:
     def file(self, name: str) -> Path:
         """Where an attack's verdicts are kept."""
         assert self.kept is not None
+        stochastic = self.suite.stochastic or None  # a net that was not asked whether it is random
         if name == "natural":
-            return self.kept.file(name, None)
-        decisive = self.suite.sections.get(name)
-        if self.skip_broken:  # then they depend on the attacks before
-            before = self.order[: self.order.index(name) + 1]
-            decisive = ["skip_broken", *(self.suite.sections.get(n) for n in before)]
-        return self.kept.file(name, [self.suite.norm, self.suite.eps, self.suite.bounded, decisive])
+            return self.kept.file(name, {"stochastic": stochastic})
+        # With skip_broken an attack's verdicts depend on those before it.
+        before = self.order[: self.order.index(name) + 1] if self.skip_broken else [name]
+        decisive = {
+            "stochastic": stochastic,
+            "skip_broken": self.skip_broken or None,
+            "ball": [self.suite.norm, self.suite.eps, self.suite.bounded],
+            "attacks": [[self.suite.sections.get(n), self.suite.attacks[n].library] for n in before],
+        }
+        return self.kept.file(name, decisive)
 
     def settle(
         self, name: str, number: int, right: Tensor, adv: Tensor | None, began: float, outside: int = 0
@@ -310,11 +316,11 @@ class Judge:
         """
         with torch.no_grad():
             passes = [self.logits(x) for _ in range(3)]
-        spread = max(float((z - passes[0]).abs().max()) for z in passes[1:])
-        if not self.suite.stochastic and spread > SAME * max(1.0, float(passes[0].abs().max())):
+        spread = max(float(difference(z, passes[0])) for z in passes[1:])
+        if not self.suite.stochastic and spread > SAME:
             raise UserError(
-                f"the net's forward is random (passes over the same images differ by {spread:.3g}): switch its noise "
-                "off, or take a suite for such nets: attack=eot"
+                f"the net's forward is random (passes over the same images differ by {spread:.3g} of its logits' "
+                "range): switch its noise off, or take a suite for such nets: attack=eot"
             )
         wanting = [n for n, a in self.suite.attacks.items() if a.needs_gradients and self.own(n)]
         if wanting:
@@ -329,6 +335,14 @@ class Judge:
 def judge(module: RobustModule, images: Tensor, labels: Tensor, suite: Suite, **options: Any) -> Verdicts:
     """Verdicts of a suite: see `Judge`."""
     return Judge(module, suite, **options)(images, labels)
+
+
+def difference(z: Tensor, other: Tensor) -> Tensor:
+    """Largest difference of two passes' logits, relative to the largest distance from an image's mean logit.
+
+    Neither a prediction nor the cross-entropy feels an offset of all logits, so an offset hides no noise.
+    """
+    return (z - other).abs().max() / (other - other.mean(1, keepdim=True)).abs().max().clamp_min(1e-12)
 
 
 def distances(a: Tensor, b: Tensor, norm: str) -> Tensor:

@@ -64,6 +64,15 @@ def load(
     return module
 
 
+def is_exported(file: Path) -> bool:
+    """Whether a file is one that ``export`` wrote as .safetensors."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "redoubt" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def _exported(file: Path) -> RobustModule:
     """The module of a file that ``export`` wrote, rebuilt from its metadata."""
     cfg = config.compose([])

@@ -21,7 +21,7 @@ from redoubt.errors import UserError
 from redoubt.evaluation.record import Source, evaluate
 from redoubt.nets import load_backbone
 from redoubt.runs.identity import identity, plain, redacted
-from redoubt.runs.loading import load, read_checkpoint, weights_hash
+from redoubt.runs.loading import is_exported, load, read_checkpoint, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name
 from redoubt.training.distributed import ranks
@@ -175,13 +175,14 @@ def transfer_source(cfg: DictConfig, data: ImageData, wanted: str | None = None,
     file = Path(wanted).expanduser()
     try:
         if wanted == "auto":
+            note(f"{key}=auto: the natural net of this cell, from the store or trained now (natural.* is its recipe)")
             _, run = find_or_make(cfg, data, defense="none", base="standard")
             module = load(run)
-        elif file.is_file() and not (file.suffix == ".safetensors" or Run(file.resolve().parent.parent).exists()):
+        elif file.is_file() and (Run(file.resolve().parent.parent).exists() or is_exported(file)):
+            module = load(file)
+        elif file.is_file():
             module = build_module(twin_config(cfg, defense="none", base="standard"))
             load_backbone(module.net, file)
-        elif file.is_file():
-            module = load(file)
         else:
             run = Store(cfg.paths.outputs).find(wanted)
             run.must_be_finished()
