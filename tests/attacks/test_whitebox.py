@@ -147,3 +147,18 @@ def test_a_random_start_has_no_path_and_comes_from_the_generator(start):
 def test_a_bad_value_is_refused(options):
     with pytest.raises(UserError):
         WhiteBox(**{"eps": "8/255", "steps": 20, "step": 0.1, **options})
+
+
+def test_every_restart_begins_elsewhere():
+    x, y = batch()
+    seen = []
+
+    def logits(v):
+        seen.append(v.detach().clone())
+        return F.one_hot(y, 10).double() + 0 * v.sum()  # nobody is ever broken
+
+    WhiteBox(eps=0.1, steps=1, start="uniform", restarts=4)(logits, x, y, numbers())
+    starts = [v for v in seen if v.shape == x.shape][::2]  # each is followed by the look at what it has broken
+    assert len(starts) == 4
+    for i in range(4):
+        assert not any(torch.equal(starts[i], starts[j]) for j in range(i))

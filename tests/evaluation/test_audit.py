@@ -35,7 +35,8 @@ SMALL = (
 )  # fmt: skip
 #: The default thresholds, with less effort.
 QUICK = (
-    "audit.images=100", "audit.iterations.least=10", "audit.iterations.factor=2", "audit.restarts.steps=20", "audit.restarts.more=2",
+    "audit.images=100", "audit.iterations.least=10", "audit.iterations.factor=2",
+    "audit.restarts.steps=20", "audit.restarts.more=2",
     "audit.noise.draws=20", "audit.black_box.queries=300", "audit.adaptive.steps=20", "audit.eps_curve.steps=10",
     "audit.iterations_curve.steps=[1,3,10,20]", "audit.finite_differences.images=8",
     "audit.finite_differences.directions=4",

@@ -72,8 +72,8 @@ def evaluate(
     save = options.get("save")
     if folder is not None and not save and (folder / name / "verdicts.npz").is_file():
         stored = read_json(folder / name / "results.json")
-        if stored is not None:
-            return stored
+        if stored is not None:  # an audit may have come since
+            return {**stored, **_audit(folder, stored, attack)}
     for name_on in chosen.on_source:
         chosen.sections[name_on]["source"] = on.identity if on else None
     images, labels = (t[:limit] for t in data.arrays("test"))
