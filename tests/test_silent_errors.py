@@ -50,7 +50,7 @@ def test_the_same_weights_in_another_net_are_another_evaluation(
     names = []
     for extra in ([], [change], []):
         cfg = cell(*net, *extra)
-        cfg = DictConfig({**cfg, "run": None, "checkpoint": str(file)})
+        cfg = DictConfig({**cfg, "run": None, "rescore": None, "checkpoint": str(file)})
         names.append(jobs.evaluate_only(cfg, [])["evaluation"])
     assert names[0] == names[2] != names[1]
 

@@ -117,7 +117,7 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
             yield
             _failed(children, wait=60.0)
         except Exception:
-            _failed(children, wait=2.0)  # the cause, rather than the broken connection that we saw of it
+            _failed(children, wait=5.0)  # the cause, rather than the broken connection that we saw of it
             raise
         finally:
             for child in children:
