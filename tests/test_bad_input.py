@@ -25,9 +25,9 @@ from redoubt.build import build_module
 from redoubt.defenses import RobustModule
 from redoubt.defenses.tally import LOOK_EVERY
 from redoubt.objectives import PGDAT
+from redoubt.runs.files import read_rows
 from redoubt.runs.store import Run, Store
 from redoubt.training import trainer as trainer_module
-from redoubt.training.recorder import read_rows
 
 SMALL = (
     "model=cnn_small", "model.widths=[4,4,8,8]", "data=digits", "data.source=fake", "data.image_size=8",

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from redoubt.build import build_module
+from redoubt.runs.files import read_rows
 from redoubt.runs.store import Run, Store
-from redoubt.training.recorder import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}

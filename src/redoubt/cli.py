@@ -1,4 +1,4 @@
-"""The command line, ``redoubt train | eval | audit | export | runs``: composes, checks, hands over."""
+"""The command line, ``redoubt train | eval | audit | export | report | runs``: composes, checks, hands over."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": "attack a finished run or any weights",
     "audit": "check a finished run for false robustness",
     "export": "write a finished run's net as one file: safetensors, torch.export or ONNX",
+    "report": "status | html | tables | plot | plan | wandb: look at the runs of the store",
     "runs": "ls | show | rm | prune the runs of the store",
 }
 
@@ -56,6 +57,10 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
         from redoubt.runs.commands import main as runs
 
         return runs(arguments)
+    if command == "report":
+        from redoubt.reporting.commands import main as report
+
+        return report(arguments)
     if command in ("train", "eval", "audit", "export"):
         return _hydra(command, arguments, debug)
     if command in ("-h", "--help", "help"):

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from redoubt.errors import UserError
-from redoubt.runs.files import atomic, write_text
+from redoubt.runs.files import atomic, read_rows, write_text
 from redoubt.runs.store import Run
 from redoubt.training.distributed import Agreement, ranks
 
@@ -160,14 +160,6 @@ class Recorder(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self.seconds = state_dict["best_score"], state_dict["seconds"]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv as text; none where it does not exist yet."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def strip(path: Path) -> None:

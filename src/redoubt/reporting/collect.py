@@ -1,0 +1,133 @@
+"""The run store as reports read it: every run with its config, metrics and evaluations; torch is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redoubt.errors import UserError
+from redoubt.runs.files import read_json, read_rows
+from redoubt.runs.store import Run, Store
+
+#: What a run is named after, and what evaluates it.
+CELL = ("data", "model", "defense", "base", "seed")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One finished evaluation.
+
+    Args:
+        folder: Holds ``results.json``, ``attack.json``, ``verdicts.npz``.
+        results: The contents of ``results.json``.
+    """
+
+    folder: Path
+    results: Mapping[str, Any]
+
+    @property
+    def attack(self) -> str:
+        """The suite's name."""
+        return str(self.results["axes"]["attack"])
+
+    def accuracy(self, metric: str) -> float | None:
+        """In [0, 1]; None where this evaluation has no such metric."""
+        found = self.results["metrics"].get(metric)
+        return None if found is None else float(found["accuracy"])
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The contents of ``attack.json``: the suite as it was composed, and how it was evaluated."""
+        return read_json(self.folder / "attack.json") or {}
+
+    def examples(self) -> dict[str, np.ndarray] | None:
+        """The first few test images and what the attacks made of them; None where none were kept.
+
+        ``index``, ``label`` int64 [E], ``clean`` uint8 [E, 3, H, W], ``clean/predicted`` int64 [E]; by attack its
+        examples uint8 [E, 3, H, W] and ``<attack>/predicted``; ``classes``: their names, str [K].
+        """
+        path = self.folder / "examples.npz"
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+
+    def verdicts(self) -> dict[str, np.ndarray]:
+        """``index``, ``label`` int64 [N] and, by attack, which examples stayed right, bool [N]."""
+        with np.load(self.folder / "verdicts.npz", allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of the store, finished or not."""
+
+    run: Run
+
+    @property
+    def name(self) -> str:
+        """``<defense>-<base>-<model>-<data>-s<seed>-<hash>``."""
+        return self.run.name
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        """See `redoubt.runs.store.Run.status`."""
+        return self.run.status
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved config without secrets."""
+        return self.run.config()
+
+    @cached_property
+    def axes(self) -> dict[str, Any]:
+        """model, defense, base, data by name, and the seed."""
+        return {**{k: self.config["axes"][k] for k in CELL if k != "seed"}, "seed": self.config["seed"]}
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows of ``metrics.csv``, one per epoch; what an epoch did not measure is absent."""
+        return [{k: float(v) for k, v in row.items() if v != ""} for row in read_rows(self.run.metrics_file)]
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """The finished evaluations, the newest first."""
+        return [Evaluation(folder, results) for folder, results in self.run.evaluations()]
+
+    @cached_property
+    def audits(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Folder and ``audit.json`` of every audit; the folder has its curves as CSV and PNG."""
+        found = [(p.parent, read_json(p)) for p in sorted((self.run.folder / "audit").glob("*/audit.json"))]
+        return [(folder, report) for folder, report in found if report is not None]
+
+    def best(self, metric: str, attack: str | None = None) -> Evaluation | None:
+        """The newest evaluation that has a metric, of a suite by its name where one is asked for."""
+        fitting = (e for e in self.evaluations if metric in e.results["metrics"] and attack in (None, e.attack))
+        return next(fitting, None)
+
+
+def records(outputs: Path | str) -> list[Record]:
+    """Every readable run of a store, by name.
+
+    Raises:
+        UserError: There is no store, or it cannot be read.
+    """
+    store = Store(outputs)
+    if not store.folder.is_dir():
+        raise UserError(f"paths.outputs={outputs}: no runs are in it: train some, or name the folder that holds runs/")
+    return list(_readable(store))
+
+
+def _readable(store: Store) -> Iterator[Record]:
+    for run in store.list():
+        record = Record(run)
+        try:
+            record.axes  # noqa: B018 - a config that is damaged or foreign is no run to report on
+        except (UserError, KeyError, TypeError):
+            continue
+        yield record
