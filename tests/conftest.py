@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import DictConfig
 
-from redoubt import config
+from redoubt import cli, config
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 
@@ -91,3 +94,46 @@ def sigterm_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], Non
         at[0] = step
 
     return set_step
+
+
+@dataclass
+class Ended:
+    """How a command ended: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """``redoubt ...`` in this process; ``at`` in a given folder."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def at(self, folder: Path) -> Shell:
+        self.monkeypatch.chdir(folder)
+        return self
+
+    def __call__(self, *argv: str) -> Ended:
+        self.monkeypatch.setattr(sys, "argv", ["redoubt", *argv])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = self.capsys.readouterr()
+        return Ended(int(end.value.code or 0), out, err)
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+    """``redoubt ...`` in this process, in an empty folder."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(config, "search_path", [])
+    quiet = logging.NullHandler()  # a root handler: the program's log lines stay out of what is captured
+    logging.getLogger().addHandler(quiet)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield Shell(monkeypatch, capsys).at(tmp_path)
+    logging.getLogger().removeHandler(quiet)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from tests.conftest import Ended, Shell
 from tests.data import datafiles
 from torch import Tensor
 
@@ -35,40 +33,6 @@ SMALL = (
     "trainer.max_epochs=1", "trainer.progress=false", "inner.steps=1", "validation.steps=1", "validation.step=1",
     "attack=none",
 )  # fmt: skip
-
-
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-Shell = Callable[..., Ended]
-
-
-@pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
-    """``redoubt ...`` in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(config, "search_path", [])
-    quiet = logging.NullHandler()  # a root handler: the program's log lines stay out of what is captured
-    logging.getLogger().addHandler(quiet)
-
-    def redoubt(*argv: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["redoubt", *argv])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Ended(int(end.value.code or 0), out, err)
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield redoubt
-    logging.getLogger().removeHandler(quiet)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def refused(ended: Ended, *says: str) -> None:

@@ -20,7 +20,8 @@ from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import CheckFailed, UserError
-from redoubt.evaluation.record import Source, audited, evaluate
+from redoubt.evaluation.audits import audited
+from redoubt.evaluation.record import Source, evaluate
 from redoubt.evaluation.rescore import objections, rescore
 from redoubt.evaluation.suite import suite
 from redoubt.export import export
@@ -135,13 +136,10 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         if cfg.rescore is not None:
             return _rescore(run, cfg, overrides)
         cfg = of_run(run.config(), cfg, overrides)
-        data = _data(cfg)
-        _check_evaluation(cfg, data)
-        results = running.evaluate_run(cfg, data, run)
+        results = running.evaluate_run(cfg, _data(cfg), run)
         _show([results], run.folder)
         return results
     data = _data(cfg)
-    _check_evaluation(cfg, data)
     module = build_module(cfg)
     load_backbone(module.net, Path(str(cfg.checkpoint)))
     folder = Path(cfg.paths.outputs) / "eval"

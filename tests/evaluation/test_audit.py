@@ -19,7 +19,7 @@ from redoubt import config, jobs
 from redoubt.build import build_data
 from redoubt.defenses import RobustModule
 from redoubt.errors import CheckFailed, UserError
-from redoubt.evaluation import record
+from redoubt.evaluation import audits
 from redoubt.evaluation.audit import Audit, Check, summary
 from redoubt.evaluation.suite import suite
 from redoubt.runs import running
@@ -245,7 +245,7 @@ def test_files_and_the_mark_in_results(trained: Any, redoubt_audit: Any, monkeyp
     assert before["audited"] is False
     redoubt_audit("audit.source=null", "audit.noise.draws=1")
     assert stored_results(run, before)["audited"] is False, "an experiment marks nothing"
-    monkeypatch.setattr(record, "usual_audit", keys)
+    monkeypatch.setattr(audits, "usual_audit", keys)
     report = redoubt_audit("natural.trainer.max_epochs=1")
     assert report["passed"]
     assert {c["name"]: c["passed"] for c in report["checks"]}["transfer"] is True
@@ -263,7 +263,7 @@ def test_files_and_the_mark_in_results(trained: Any, redoubt_audit: Any, monkeyp
     assert running.evaluate_run(later, data, run)["audited"] is True, "an evaluation after the audit knows of it"
     weak = config.resolve(OmegaConf.merge(cfg, {"attack": {"attacks": {"pgd20": {"steps": 21}}}}))
     assert running.evaluate_run(weak, data, run)["audited"] is False, "another suite was not audited"
-    monkeypatch.setattr(record, "Audit", None)
+    monkeypatch.setattr(audits, "Audit", None)
     assert redoubt_audit("natural.trainer.max_epochs=1") == report, "answered from the store"
 
 
@@ -277,7 +277,7 @@ def test_a_failed_audit_ends_with_exit_code_3_and_marks_the_results(
 ) -> None:
     cfg, data, run = trained
     before = running.evaluate_run(cfg, data, run)
-    monkeypatch.setattr(record, "usual_audit", lambda: keys("audit.one_step.share=-1"))
+    monkeypatch.setattr(audits, "usual_audit", lambda: keys("audit.one_step.share=-1"))
     with pytest.raises(CheckFailed, match="one step"):
         redoubt_audit("audit.source=null", "audit.one_step.share=-1")
     stored = stored_results(run, before)

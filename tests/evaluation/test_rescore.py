@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-import signal
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from redoubt import cli, config
+from redoubt import config
 from redoubt.build import build_data
 from redoubt.errors import UserError
 from redoubt.evaluation.record import evaluate
@@ -31,39 +27,6 @@ SMALL = (
 )  # fmt: skip
 SUITE = ("attack=fsr_suite", "attack.attacks.pgd100.steps=12", "attack.attacks.cw.start=uniform",
          "evaluation.chunk=4", "trainer=cpu")  # fmt: skip
-
-
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def shell(monkeypatch, capsys):
-    """``redoubt ...`` in this process, in a given folder."""
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(config, "search_path", [])
-    quiet = logging.NullHandler()  # a root handler: the program's log lines stay out of what is captured
-    logging.getLogger().addHandler(quiet)
-
-    def redoubt(folder, *argv):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["redoubt", *argv])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return Ended(int(end.value.code or 0), out, err)
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield redoubt
-    logging.getLogger().removeHandler(quiet)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def line_of(ended, code, *says):
@@ -83,9 +46,9 @@ def original(tmp_path_factory):
 @pytest.fixture
 def folder(original, tmp_path, shell):
     if not (original / "outputs").exists():
-        assert shell(original, "train", *SMALL, "attack=none").code == 0
+        assert shell.at(original)("train", *SMALL, "attack=none").code == 0
         for kind in ("float32", "uint8"):
-            assert shell(original, "eval", "run=none-at", *SUITE, f"evaluation.save={kind}").code == 0
+            assert shell.at(original)("eval", "run=none-at", *SUITE, f"evaluation.save={kind}").code == 0
     shutil.copytree(original / "outputs", tmp_path / "outputs")
     return tmp_path
 
@@ -117,7 +80,7 @@ def test_another_chunk_and_thread_count_change_nothing(folder, shell, kind, opti
     before |= {p: p.read_bytes() for p in (where.parent / "kept").rglob("*") if p.is_file()}
     torch.set_num_threads(threads)
     try:
-        done = shell(folder, "eval", "run=none-at", f"rescore={where.name}", "trainer=cpu", *options)
+        done = shell.at(folder)("eval", "run=none-at", f"rescore={where.name}", "trainer=cpu", *options)
     finally:
         torch.set_num_threads(1)
     assert done.code == 0, done.err
@@ -137,13 +100,13 @@ def test_another_chunk_and_thread_count_change_nothing(folder, shell, kind, opti
 def test_the_beginning_of_a_name_and_a_path_will_do(folder, shell):
     where = evaluation(folder)
     for name in (where.name[:-3], str(where.relative_to(folder))):
-        assert shell(folder, "eval", "run=none-at", f"rescore={name}", "trainer=cpu").code == 0
+        assert shell.at(folder)("eval", "run=none-at", f"rescore={name}", "trainer=cpu").code == 0
 
 
 def test_a_flipped_verdict_is_reported(folder, shell):
     where = evaluation(folder)
     content = rewrite(where, "pgd20", 3, 7)
-    done = shell(folder, "eval", "run=none-at", f"rescore={where.name}", "trainer=cpu")
+    done = shell.at(folder)("eval", "run=none-at", f"rescore={where.name}", "trainer=cpu")
     flipped = [int(content["index"][i]) for i in (3, 7)]
     line_of(done, 3, str(where.name), f"pgd20: 2 verdicts changed, of test images {flipped}")
     assert "fgsm:" not in done.err
@@ -159,7 +122,7 @@ def test_an_image_outside_of_the_ball_is_reported(folder, shell, kind):
     one = 255 if kind == "uint8" else 1.0
     adv[2, 1, 3, 3] = one if adv[2, 1, 3, 3] < one / 2 else 0
     np.save(file, adv)
-    done = shell(folder, "eval", "run=none-at", f"rescore={where.name}", "trainer=cpu")
+    done = shell.at(folder)("eval", "run=none-at", f"rescore={where.name}", "trainer=cpu")
     assert done.code == 3
     line = done.err.strip().splitlines()
     assert len(line) == 1
@@ -175,7 +138,7 @@ def test_pixels_that_are_none_are_one_line(folder, shell):
         adv = np.load(file)
         adv[0, 0, 0, 0] = value
         np.save(file, adv)
-        line_of(shell(folder, "eval", "run=none-at", f"rescore={where.name}", "trainer=cpu"), 2, "pixels outside")
+        line_of(shell.at(folder)("eval", "run=none-at", f"rescore={where.name}", "trainer=cpu"), 2, "pixels outside")
 
 
 def test_what_is_not_there_is_one_line(folder, shell):
@@ -183,7 +146,7 @@ def test_what_is_not_there_is_one_line(folder, shell):
     record = json.loads((where / "attack.json").read_text())
 
     def again(name=where.name, *more):
-        return shell(folder, "eval", "run=none-at", f"rescore={name}", "trainer=cpu", *more)
+        return shell.at(folder)("eval", "run=none-at", f"rescore={name}", "trainer=cpu", *more)
 
     none = next((folder / "outputs/runs").glob("*/eval/none-*"))
     line_of(again(none.name), 2, none.name, "kept no adversarial examples", "evaluation.save=float32 or uint8")
@@ -198,14 +161,14 @@ def test_what_is_not_there_is_one_line(folder, shell):
     line_of(again(), 2, "verdicts.npz")
     (where / "attack.json").unlink()
     line_of(again(), 2, "kept no adversarial examples")
-    line_of(shell(folder, "eval", "run=nobody", "rescore=x", "trainer=cpu"), 2, "run=nobody")
+    line_of(shell.at(folder)("eval", "run=nobody", "rescore=x", "trainer=cpu"), 2, "run=nobody")
 
 
 def test_rescore_of_a_file_of_weights_is_refused(folder, shell):
     file = next((folder / "outputs/runs").glob("*/checkpoints/last.ckpt"))
     weights = {k.removeprefix("net."): v for k, v in torch.load(file, weights_only=True)["state_dict"].items()}
     torch.save({k: v for k, v in weights.items() if "." in k}, folder / "theirs.pt")
-    done = shell(folder, "eval", *SMALL, "checkpoint=theirs.pt", "rescore=anything", "attack=none")
+    done = shell.at(folder)("eval", *SMALL, "checkpoint=theirs.pt", "rescore=anything", "attack=none")
     line_of(done, 2, "rescore")
 
 

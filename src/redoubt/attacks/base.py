@@ -67,6 +67,11 @@ class Attack:
     #: Of attacks whose mean accuracy is a result too.
     group: str | None = None
 
+    @property
+    def path(self) -> Any:
+        """What two attacks share of which the longer one passes through the shorter one's result; None: nothing."""
+        return None
+
     def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> Tensor | tuple[Tensor, Tensor]:
         """Adversarial examples for x.
 

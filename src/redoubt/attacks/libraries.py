@@ -203,8 +203,7 @@ class TorchAttacks(Attack):
         attack = self._made(logits, x.device, draws.library_seed)
         with torch.enable_grad(), library_errors(f"torchattacks.{self.kind.__name__}"):
             adv: Tensor = attack(x, y)
-        # A search that failed in its own arithmetic has found nothing.
-        return torch.where(adv.isfinite().flatten(1).all(1)[:, None, None, None], adv, x)
+        return _finite(adv, x)
 
 
 class Foolbox(Attack):
@@ -237,7 +236,7 @@ class Foolbox(Attack):
         measured = str(getattr(attack, "distance", None))
         if distance not in measured.lower():
             raise UserError(
-                f"name={name}: it measures {measured}, the suite {norm}: take another attack or threat={norm}"
+                f"name={name}: it measures {measured}, the suite {norm}: take an attack of that norm, or another threat"
             )
         self.name = name.lower()
         self.needs_gradients = not any(word in name for word in ("Noise", "Boundary", "HopSkipJump", "Genetic", "Blur"))
@@ -248,7 +247,12 @@ class Foolbox(Attack):
         net = foolbox.PyTorchModel(Net(logits, x.device), bounds=(0, 1), device=x.device)
         with torch.enable_grad(), library_errors(f"foolbox.attacks.{self.kind.__name__}"):
             _, adv, _ = self.kind(**self.options)(net, x, y, epsilons=self.eps)
-        return torch.where(adv.isfinite().flatten(1).all(1)[:, None, None, None], adv, x)
+        return _finite(adv, x)
+
+
+def _finite(adv: Tensor, x: Tensor) -> Tensor:
+    """The examples; x where a search failed in its own arithmetic, for then it has found nothing."""
+    return torch.where(adv.isfinite().flatten(1).all(1)[:, None, None, None], adv, x)
 
 
 def _version(package: str) -> str:

@@ -14,7 +14,7 @@ from redoubt.attacks.base import Attack, Draws, Logits
 from redoubt.attacks.geometry import BALLS
 from redoubt.errors import UserError
 from redoubt.objectives.base import margin
-from redoubt.units import as_number
+from redoubt.units import as_number, as_whole
 
 _FIRST = 1e-3  # standard deviation of the initial mean
 
@@ -72,10 +72,8 @@ class NAttack(Attack):
                 raise UserError(f"{name}={value} must be positive")
         if not 5e-7 <= self.inset <= 0.5:
             raise UserError(f"inset={inset} must lie in [5e-7, 0.5]")
-        for name, count, least in (("queries", queries, 1), ("population", population, 2), ("batch", batch, 1)):
-            if not isinstance(count, int) or count < least:
-                raise UserError(f"{name}={count!r} must be a whole number of at least {least}")
-        self.queries, self.population, self.batch = queries, population, batch
+        self.queries, self.batch = as_whole(queries, "queries"), as_whole(batch, "batch")
+        self.population = as_whole(population, "population", 2)
         self.cost = queries / 3  # forward passes only
 
     @torch.no_grad()

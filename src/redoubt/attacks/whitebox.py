@@ -91,10 +91,7 @@ class WhiteBox(Attack):
 
     @property
     def path(self) -> tuple[Any, ...] | None:
-        """What two attacks share of which the longer one passes through the shorter one's result, or None.
-
-        Such an attack may begin from that result (``after``) instead of repeating its steps.
-        """
+        """See `Attack`: a longer attack may begin from a shorter one's result (``after``) instead of repeating it."""
         if self.pgd.start != "none" or self.eot > 1 or self.keep_best or not self.steps:
             return None
         return (self.loss, self.kappa, self.pgd.norm, self.pgd.eps, self.pgd.step_size)
@@ -192,7 +189,10 @@ class MultiTargeted(WhiteBox):
         if self.eot > 1:
             raise UserError("eot is not an option of the multi-targeted attack")
 
-    path = None  # type: ignore[assignment]
+    @property
+    def path(self) -> None:
+        """No attack goes on from another's."""
+        return None
 
     def attempts(self, y: Tensor, clean: Tensor | None) -> Iterator[tuple[int, Callable[..., Tensor]]]:
         assert clean is not None

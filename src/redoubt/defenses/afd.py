@@ -211,16 +211,14 @@ class AFD(RobustModule):
         """By the non-robust branch's logits ``W D2 f + b``, and by the distance of the robust feature f1 to x's own."""
         head = self.head
 
-        def body(v: Tensor) -> Tensor:
-            net = cast(Backbone, self.net)
-            return at_least_float32(net.forward_head(net.forward_features(v), pre_logits=True))
-
         def branch(adv: Tensor) -> Tensor:
-            return F.cross_entropy(head.linear(head.d2(body(adv))), y, reduction="none")
+            net = cast(Backbone, self.net)
+            features = at_least_float32(net.forward_head(net.forward_features(adv), pre_logits=True))
+            return F.cross_entropy(head.linear(head.d2(features)), y, reduction="none")
 
         with torch.no_grad():
-            clean = head.d1(body(x))
-        return {"d2": branch, "feature": lambda adv: (head.d1(body(adv)) - clean).square().sum(1)}
+            clean = self.feature(x)
+        return {"d2": branch, "feature": lambda adv: (self.feature(adv) - clean).square().sum(1)}
 
     def start_from(self, backbone: nn.Module) -> None:
         """Teacher and student begin from the same trained net, D1 and D2 as the identity."""

@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,12 +25,10 @@ from redoubt.attacks.geometry import BALLS
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.suite import Suite
-from redoubt.evaluation.verdicts import difference, full_precision, own_randomness
+from redoubt.evaluation.verdicts import correct, difference, full_precision, logits_of, own_randomness
 from redoubt.nets import attack_mode
 from redoubt.rng import generator
 from redoubt.training.progress import Counter
-
-Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -95,7 +93,7 @@ class Audit:
         source: RobustModule | None = None,
         progress: bool = True,
     ) -> None:
-        self.module, self.suite, self.keys, self.seed, self.device = module, suite, keys, seed, device
+        self.module, self.keys, self.seed, self.device = module, keys, seed, device
         self.source, self.progress = source, progress
         self.x, self.y = images.to(device).float() / 255, labels.to(device)
         self.n = len(labels)
@@ -105,19 +103,48 @@ class Audit:
             )
         self.norm, self.eps = suite.norm, float(suite.eps)
         self.curves: dict[str, dict[str, list[float]]] = {}
-        self.white: Tensor = torch.ones(self.n, dtype=torch.bool, device=device)
         own = {n: a for n, a in suite.attacks.items() if isinstance(a, WhiteBox) and n not in suite.on_source}
         self.pgds = own or {
             f"stand_in_{loss}": WhiteBox(eps=self.eps, norm=self.norm, loss=loss, steps=100, step=0.1)
             for loss in ("ce", "margin")
         }
-        self.differentiable, self.strongest = True, ""
+        self.differentiable = True
 
-    CHECKS = (
-        "randomness", "probabilities", "zero_gradients", "white_box", "iterations", "restarts", "one_step", "noise",
-        "eps_curve", "large_eps", "iterations_curve", "black_box", "transfer", "adaptive", "finite_differences",
-        "landscape", "fsr_criteria",
-    )  # fmt: skip
+    #: Method -> (name, rule, whether it needs a gradient).
+    CHECKS: Mapping[str, tuple[str, str, bool]] = {
+        "randomness": (
+            "randomness", "passes over the same images give the same logits (largest difference, relative)", False,
+        ),
+        "probabilities": (
+            "logits", "outputs are logits: rows in [0, 1] that sum to 1 are probabilities (share of rows)", False,
+        ),
+        "zero_gradients": (
+            "gradients", "cross-entropy has a gradient at the images and at random starts (share without)", False,
+        ),
+        "white_box": ("white box", "the suite's attacks by gradient run on these images", True),
+        "iterations": ("iterations", "they break no more than the suite's strongest PGD (share gained)", True),
+        "restarts": ("restarts", "they break no more than it either (share gained)", True),
+        "one_step": ("one step", "one step breaks nothing that PGD misses (share of images)", True),
+        "noise": ("random noise", "noise in the ball breaks nothing that PGD misses (share of images)", False),
+        "eps_curve": ("accuracy over eps", "accuracy rises nowhere as eps grows (largest rise)", True),
+        "large_eps": (
+            "large eps", "from 128/255 on accuracy is that of a guess at most (the largest class's share)", True,
+        ),
+        "iterations_curve": ("accuracy over iterations", "accuracy rises nowhere as PGD goes on", True),
+        "black_box": ("black box", "Square, which asks for logits only, is no stronger than PGD (share gained)", False),
+        "transfer": ("transfer", "examples of the natural twin are not stronger than PGD (share gained)", False),
+        "adaptive": ("adaptive", "attacks made for this defense break no more than PGD (share gained)", True),
+        "finite_differences": (
+            "finite differences", "slopes in float64 are autograd's (share of directions that differ)", True,
+        ),
+        "landscape": (
+            "loss landscape", "gradients a little apart point alike (share of images with a smaller cosine than asked)",
+            True,
+        ),
+        "fsr_criteria": (
+            "FSR's criteria", "iterations beat one step, white box beats black, accuracy falls to 0 (missed)", True,
+        ),
+    }  # fmt: skip
 
     def __call__(self) -> list[Check]:
         """All checks, in the order in which later ones use what earlier ones have found."""
@@ -130,31 +157,32 @@ class Audit:
                 stack.enter_context(attack_mode(self.source))
             self.natural = self.right(self.x)
             self.white, self.standing, self.left = (self.natural.clone() for _ in range(3))
-            for name in self.CHECKS:
+            for method, (name, rule, needs_gradient) in self.CHECKS.items():
                 counter.note(name)
                 began = time.monotonic()
-                draws = generator(self.seed, f"audit/{name}", 0, device=self.device)
-                with own_randomness(self.seed, self.device):
-                    check: Check = getattr(self, name)(draws)
+                check = Check(name, rule)
+                if needs_gradient and not self.differentiable:
+                    check.skipped("the logits have no gradient", failed=True)
+                else:
+                    draws = generator(self.seed, f"audit/{method}", 0, device=self.device)
+                    with own_randomness(self.seed, self.device):
+                        getattr(self, method)(check, draws)
                 check.seconds = time.monotonic() - began
                 done.append(check)
-                counter.advance({})
-        self.done = done
+                counter.advance()
         return done
 
     # ---- the net itself -----------------------------------------------------------------------------------------
 
-    def randomness(self, draws: torch.Generator) -> Check:
+    def randomness(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["randomness"]
-        check = Check("randomness", "passes over the same images give the same logits (largest difference, relative)")
         with torch.no_grad():
             passes = [self.logits(self.x) for _ in range(int(keys["passes"]))]
         spread = max(float((difference(z, passes[0])).nan_to_num(torch.inf)) for z in passes[1:])
         changed = torch.stack([z.argmax(1) != passes[0].argmax(1) for z in passes[1:]]).any(0).sum()
         return check.judged(spread, keys["largest"], predictions_changed=int(changed), passes=len(passes))
 
-    def probabilities(self, draws: torch.Generator) -> Check:
-        check = Check("logits", "outputs are logits: rows in [0, 1] that sum to 1 are probabilities (share of rows)")
+    def probabilities(self, check: Check, draws: torch.Generator) -> Check:
         with torch.no_grad():
             z = self.logits(self.x).double()
         are = ((z >= 0) & (z <= 1)).all(1) & ((z.sum(1) - 1).abs() < 1e-3)
@@ -162,9 +190,8 @@ class Audit:
             float(are.double().mean()), self.keys["probabilities"]["share"], largest=float(z.abs().max())
         )
 
-    def zero_gradients(self, draws: torch.Generator) -> Check:
+    def zero_gradients(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["zero_gradients"]
-        check = Check("gradients", "cross-entropy has a gradient at the images and at random starts (share without)")
         points = [self.x]
         for _ in range(int(keys["starts"])):
             u = BALLS[self.norm].uniform(self.x.shape, draws, self.x) * self.eps
@@ -178,11 +205,8 @@ class Audit:
             shares.append(self.share(~(gradient.flatten(1).abs().amax(1) > 0)))  # NaN is no gradient either
         return check.judged(max(shares), keys["share"], at_images=shares[0], at_random_starts=shares[1:])
 
-    def finite_differences(self, draws: torch.Generator) -> Check:
+    def finite_differences(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["finite_differences"]
-        check = Check("finite differences", "slopes in float64 are autograd's (share of directions that differ)")
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
         net = copy.deepcopy(self.module).double()
         x, y, h = self.x[: int(keys["images"])].double(), self.y[: int(keys["images"])], float(keys["h"])
         x = x.clamp(2 * h, 1 - 2 * h)  # what lies outside [0, 1] is no image
@@ -206,13 +230,8 @@ class Audit:
                 worst = max(worst, float(error.max()))
         return check.judged(wrong / total, keys["share"], largest_relative_error=worst, directions=total)
 
-    def landscape(self, draws: torch.Generator) -> Check:
+    def landscape(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["landscape"]
-        check = Check(
-            "loss landscape", "gradients a little apart point alike (share of images with a smaller cosine than asked)"
-        )
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
         u = BALLS[self.norm].uniform(self.x.shape, draws, self.x) * self.eps * float(keys["radius"])
         here, there = self.gradient(self.x), self.gradient((self.x + u).clamp(0, 1))
         assert here is not None
@@ -224,11 +243,8 @@ class Audit:
 
     # ---- white box ----------------------------------------------------------------------------------------------
 
-    def white_box(self, draws: torch.Generator) -> Check:
+    def white_box(self, check: Check, draws: torch.Generator) -> Check:
         """The suite's PGDs and the strongest of them; the iterative ones are what later checks compare with."""
-        check = Check("white box", "the suite's attacks by gradient run on these images")
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
         found = {name: self.under(attack, name) for name, attack in self.pgds.items()}
         self.strongest = min(found, key=lambda name: int(found[name].sum()))
         for name, right in found.items():
@@ -244,24 +260,21 @@ class Audit:
             check.details["why"] = "the suite has no PGD: PGD-100 on cross-entropy and margin stands in"
         return check
 
-    def iterations(self, draws: torch.Generator) -> Check:
+    def iterations(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["iterations"]
         steps = int(keys["factor"]) * max(int(keys["least"]), self.reference.steps)
-        rule = f"{steps} iterations break no more than the suite's strongest PGD (share gained)"
-        return self.more(Check("iterations", rule), f"{self.reference.loss}_{steps}", self.variant(steps=steps), keys)
+        check.rule = f"{steps} iterations break no more than the suite's strongest PGD (share gained)"
+        return self.more(check, f"{self.reference.loss}_{steps}", self.variant(steps=steps), keys)
 
-    def restarts(self, draws: torch.Generator) -> Check:
+    def restarts(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["restarts"]
         steps, more = max(int(keys["steps"]), self.reference.steps), int(keys["more"])
-        rule = f"these iterations and {more} random restarts more break no more than it (share gained)"
+        check.rule = f"these iterations and {more} random restarts more break no more than it (share gained)"
         attack = self.variant(steps=steps, start="uniform", restarts=more, step_abs=self.eps * float(keys["step"]))
-        return self.more(Check("restarts", rule), f"{self.reference.loss}_{steps}x{more}", attack, keys)
+        return self.more(check, f"{self.reference.loss}_{steps}x{more}", attack, keys)
 
-    def adaptive(self, draws: torch.Generator) -> Check:
+    def adaptive(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["adaptive"]
-        check = Check("adaptive", "attacks made for this defense break no more than PGD (share gained)")
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
         losses = self.module.adaptive(self.x[:1], self.y[:1])
         if not losses:
             return check.skipped("this defense names no attack of its own")
@@ -280,8 +293,6 @@ class Audit:
 
     def more(self, check: Check, label: str, attack: WhiteBox, keys: Mapping[str, Any]) -> Check:
         """Whether more effort breaks more than the strongest PGD; what it breaks counts as broken from then on."""
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
         rows = self.left.nonzero()[:, 0]
         if len(rows):
             self.left[rows] &= self.under(attack, f"{check.name}/{label}", rows)
@@ -291,10 +302,7 @@ class Audit:
 
     # ---- what must not be stronger ----------------------------------------------------------------------------
 
-    def one_step(self, draws: torch.Generator) -> Check:
-        check = Check("one step", "one step breaks nothing that PGD misses (share of images)")
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
+    def one_step(self, check: Check, draws: torch.Generator) -> Check:
         found = {
             f"{loss}_{step:g}": self.under(
                 WhiteBox(eps=self.eps, norm=self.norm, loss=loss, steps=1, step_abs=self.eps * step, start=start),
@@ -308,9 +316,8 @@ class Audit:
         accuracies = {name: self.share(right) for name, right in found.items()}
         return check.judged(self.share(broken & self.white), self.keys["one_step"]["share"], **accuracies)
 
-    def noise(self, draws: torch.Generator) -> Check:
+    def noise(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["noise"]
-        check = Check("random noise", "noise in the ball breaks nothing that PGD misses (share of images)")
         left = self.white.clone()
         for i in range(int(keys["draws"])):
             u = BALLS[self.norm].uniform(self.x.shape, draws, self.x)
@@ -320,24 +327,20 @@ class Audit:
         gained = self.white & ~left
         return check.judged(self.share(gained), keys["share"], images=gained.nonzero()[:, 0].tolist()[:20])
 
-    def black_box(self, draws: torch.Generator) -> Check:
+    def black_box(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["black_box"]
-        check = Check("black box", "Square, which only asks for logits, is not stronger than PGD (share gained)")
         square = AutoAttack(eps=self.eps, norm=self.norm, version=["square"], queries=int(keys["queries"]))
         self.queried = self.under(square, "square") & self.natural
         return self.weaker(check, "square", self.queried, keys)
 
-    def transfer(self, draws: torch.Generator) -> Check:
+    def transfer(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["transfer"]
-        check = Check("transfer", "examples of the natural twin are not stronger than PGD (share gained)")
         self.transferred = self.natural
         if self.source is None:
             return check.skipped("audit.source=null: there is no twin")
         source = self.source
         attack = WhiteBox(eps=self.eps, norm=self.norm, steps=50, step=0.1, keep_best=False)
-        adv = attack(
-            lambda v: source.logits(v.contiguous(memory_format=source.format)), self.x, self.y, self.draws("transfer")
-        )
+        adv = attack(lambda v: logits_of(source, v), self.x, self.y, self.draws("transfer"))
         assert isinstance(adv, Tensor)
         self.transferred = self.right(adv) & self.natural
         return self.weaker(check, "transfer", self.transferred, keys)
@@ -351,11 +354,8 @@ class Audit:
 
     # ---- curves: FSR's Figure S2 ----------------------------------------------------------------------------------
 
-    def eps_curve(self, draws: torch.Generator) -> Check:
+    def eps_curve(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["eps_curve"]
-        check = Check("accuracy over eps", "accuracy rises nowhere as eps grows (largest rise)")
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
         # Another norm's distances are in proportion to its threat model's.
         unit = 1 / 255 if self.norm == "linf" else self.eps / 8
         grid = [float(e) * unit for e in keys["eps"]]
@@ -370,22 +370,16 @@ class Audit:
         rise = max((b - a for a, b in itertools.pairwise(accuracies)), default=0.0)
         return check.judged(max(0.0, rise), self.allowed(keys), eps=grid, accuracy=accuracies)
 
-    def large_eps(self, draws: torch.Generator) -> Check:
+    def large_eps(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["eps_curve"]
-        check = Check("large eps", "from 128/255 on accuracy is that of a guess at most (the largest class's share)")
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
         accuracies = self.curves["accuracy_over_eps"]["accuracy"]
         late = [a for e, a in zip(keys["eps"], accuracies, strict=True) if float(e) >= float(keys["guessing"])]
         if not late:
             return check.skipped(f"audit.eps_curve.eps has none from {keys['guessing']} on")
         return check.judged(max(late), float(torch.bincount(self.y).max()) / self.n)
 
-    def iterations_curve(self, draws: torch.Generator) -> Check:
+    def iterations_curve(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["iterations_curve"]
-        check = Check("accuracy over iterations", "accuracy rises nowhere as PGD goes on")
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
         pgd = PGD(eps=self.eps, norm=self.norm, steps=max(keys["steps"]), step=float(keys["step"]), start="uniform")
         adv, done, accuracies = self.x, 0, []
         for steps in sorted(int(s) for s in keys["steps"]):
@@ -396,12 +390,9 @@ class Audit:
         rise = max((b - a for a, b in itertools.pairwise(accuracies)), default=0.0)
         return check.judged(max(0.0, rise), self.allowed(keys), iterations=sorted(keys["steps"]), accuracy=accuracies)
 
-    def fsr_criteria(self, draws: torch.Generator) -> Check:
+    def fsr_criteria(self, check: Check, draws: torch.Generator) -> Check:
         """FSR's own three: iterative beats one-step, white box beats black box, without a bound nothing stands."""
         keys = self.keys["fsr_criteria"]
-        check = Check("FSR's criteria", "iterations beat one step, white box beats black, accuracy falls to 0 (missed)")
-        if not self.differentiable:
-            return check.skipped("the logits have no gradient", failed=True)
         black = self.queried & self.transferred
         last = self.curves["accuracy_over_eps"]["accuracy"][-1]
         met = {
@@ -420,7 +411,7 @@ class Audit:
     @property
     def reference(self) -> WhiteBox:
         """The strongest PGD of the suite."""
-        return self.pgds[self.strongest] if self.strongest else next(iter(self.pgds.values()))
+        return self.pgds[self.strongest]
 
     def variant(self, **changes: Any) -> WhiteBox:
         """The strongest PGD with other options."""
@@ -433,7 +424,7 @@ class Audit:
         return WhiteBox(**options)
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.module.logits(x.contiguous(memory_format=self.module.format))
+        return logits_of(self.module, x)
 
     def cross_entropy(self, x: Tensor) -> Tensor:
         """Of all images, attacked ones [B, 3, H, W] -> [B]."""
@@ -442,8 +433,7 @@ class Audit:
     def right(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Which images are classified correctly, bool [B]."""
         with torch.no_grad():
-            z = self.logits(x)
-        return (z.argmax(1) == (self.y if y is None else y)) & z.isfinite().all(1)
+            return correct(self.logits(x), self.y if y is None else y)
 
     def gradient(self, x: Tensor) -> Tensor | None:
         """Gradient of the cross-entropy [B, 3, H, W], or None where the graph is cut."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,11 +14,13 @@ import numpy as np
 import redoubt
 from redoubt.errors import UserError
 from redoubt.runs.files import atomic, cannot_write
-from redoubt.runs.identity import canonical
+from redoubt.runs.identity import digest
 from redoubt.training.distributed import ranks
 
 #: How adversarial examples may be saved: as they are, or rounded to 8 bits.
 FORMATS = ("float32", "uint8")
+#: Of how many test images what became of them is always kept, to be looked at.
+SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -58,25 +59,38 @@ class Kept:
 
     def file(self, name: str, decisive: Any) -> Path:
         """The file of an attack, without its ending: ``<name>-<hash>``."""
-        text = json.dumps(canonical({**self.common, "name": name, "attack": decisive}), sort_keys=True)
-        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        return self.folder / f"{name}-{digest({**self.common, 'name': name, 'attack': decisive})}"
 
     def find(self, file: Path, chunk: int, n: int) -> Outcome | None:
         """The outcome of a chunk of n examples, if it is there (and the examples are, where they are to be saved)."""
         if file.name not in self.seen:
             self.seen[file.name] = _read(file)
-        missing = self.save and not file.name.startswith("natural-") and not self.examples(file, chunk, n).is_file()
+        missing = self.save and not file.name.startswith("natural-") and not examples_file(file, chunk, n).is_file()
         return None if missing else self.seen[file.name].get((chunk, n))
 
-    def examples(self, file: Path, chunk: int, n: int) -> Path:
-        """Where the examples [n, 3, H, W] of a chunk are."""
-        return file / f"{chunk:05d}-{n}.npy"
+    def keep(
+        self,
+        file: Path,
+        chunk: int,
+        outcome: Outcome,
+        adv: np.ndarray | None = None,
+        shown: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Adds a chunk's outcome; the examples first, so that the line says that they are there.
 
-    def keep(self, file: Path, chunk: int, outcome: Outcome, adv: np.ndarray | None = None) -> None:
-        """Adds a chunk's outcome; the examples first, so that the line says that they are there."""
-        if self.save and adv is not None:
-            with atomic(self.examples(file, chunk, len(outcome.right))) as temporary:
+        Args:
+            file: What `file` gave.
+            chunk: Its number.
+            outcome: What is kept.
+            adv: The examples, where they are to be saved.
+            shown: ``adv`` uint8 and ``predicted`` of the first ``SHOWN`` examples of the test split.
+        """
+        if adv is not None:
+            with atomic(examples_file(file, chunk, len(outcome.right))) as temporary:
                 np.save(temporary, adv, allow_pickle=False)
+        if shown is not None:
+            with atomic(shown_file(file)) as temporary:
+                np.savez_compressed(temporary, allow_pickle=False, **shown)
         packed = np.packbits(outcome.right).tobytes().hex()
         line = {"chunk": chunk, "n": len(outcome.right), "right": packed, "outside": outcome.outside}
         line["seconds"] = round(outcome.seconds, 3)
@@ -91,6 +105,16 @@ class Kept:
         except OSError as error:
             raise cannot_write(file, error) from error
         self.seen.setdefault(file.name, {})[chunk, len(outcome.right)] = outcome
+
+
+def examples_file(file: Path, chunk: int, n: int) -> Path:
+    """Where the examples [n, 3, H, W] of an attack on a chunk are."""
+    return file / f"{chunk:05d}-{n}.npy"
+
+
+def shown_file(file: Path) -> Path:
+    """Where what became of the first few test images is."""
+    return file.with_name(f"{file.name}.shown.npz")
 
 
 def _lines(file: Path, rank: int) -> Path:

@@ -12,8 +12,9 @@ import torch
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
+from redoubt.evaluation.kept import examples_file
 from redoubt.evaluation.suite import suite
-from redoubt.evaluation.verdicts import SLACK, distances, full_precision
+from redoubt.evaluation.verdicts import SLACK, correct, distances, full_precision, logits_of
 from redoubt.nets import attack_mode
 from redoubt.runs.files import read_json, write_json
 from redoubt.training.progress import Counter
@@ -56,7 +57,7 @@ def rescore(
     with Counter("rescoring", len(chosen.attacks), enabled=progress) as counter, full_precision(), attack_mode(module):
         for name, attack in chosen.attacks.items():
             kept = folder.parent / "kept" / record["kept"][name]
-            files = [kept / f"{i:05d}-{min(chunk, n - start)}.npy" for i, start in enumerate(range(0, n, chunk))]
+            files = [examples_file(kept, i, min(chunk, n - start)) for i, start in enumerate(range(0, n, chunk))]
             missing = [file for file in files if not file.is_file()]
             if missing:
                 raise UserError(f"{missing[0]} is missing: evaluate again with evaluation.save")
@@ -70,10 +71,10 @@ def rescore(
                     raise UserError(f"{kept}: pixels outside [0, 1]")
                 distance = max(distance, float(distances(adv, x, attack.norm).max()))
                 with torch.no_grad():
-                    z = module.logits(adv.contiguous(memory_format=module.format)).double()
+                    z = logits_of(module, adv).double()
                 top = z.topk(2, dim=1).values
                 gaps.append((top[:, 0] - top[:, 1]).cpu().numpy())
-                right.append((z.argmax(1).cpu() == labels[start : start + len(adv)]).numpy())
+                right.append(correct(z.cpu(), labels[start : start + len(adv)]).numpy())
             differ = np.concatenate(right) != verdicts[name]
             near = np.concatenate(gaps) <= CLOSE
             index = verdicts["index"]
@@ -84,7 +85,7 @@ def rescore(
                 "distance": distance,
                 "eps": attack.eps,
             }
-            counter.advance({})
+            counter.advance()
     write_json(folder / "rescored.json", {"batch": batch, "threads": torch.get_num_threads(), "attacks": found})
     return found
 

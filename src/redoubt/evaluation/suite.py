@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from redoubt.attacks import Attack
@@ -35,6 +35,11 @@ class Suite:
     on_source: frozenset[str] = frozenset()
     groups: Mapping[str, list[str]] = field(default_factory=dict)
     sections: Mapping[str, Any] = field(default_factory=dict)
+
+    def crafted_on(self, source: str) -> Suite:
+        """The suite whose record names the net that its transfer attacks are crafted on."""
+        named = {n: {**s, "source": source} if n in self.on_source else s for n, s in self.sections.items()}
+        return replace(self, sections=named)
 
 
 def suite(section: Mapping[str, Any]) -> Suite:

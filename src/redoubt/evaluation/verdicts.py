@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from redoubt.attacks import Attack, WhiteBox
+from redoubt.attacks import Attack
 from redoubt.attacks.base import Draws
 from redoubt.attacks.whitebox import Reached
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
-from redoubt.evaluation.kept import Kept, Outcome
+from redoubt.evaluation.kept import SHOWN, Kept, Outcome
 from redoubt.evaluation.suite import Suite
 from redoubt.nets import attack_mode
 from redoubt.training.distributed import ranks
@@ -36,6 +36,23 @@ SLACK = 1e-6
 #: Two passes over the same images may differ by this much, relative to the largest logit: kernels that add in another
 #: order do less, noise does more.
 SAME = 1e-4
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack made of a chunk.
+
+    Args:
+        right: Which images are still classified correctly, bool [B].
+        adv: The examples [B, 3, H, W].
+        predicted: Their classes, int64 [B].
+        outside: How many had left the ball and were undone.
+    """
+
+    right: Tensor
+    adv: Tensor
+    predicted: Tensor
+    outside: int = 0
 
 
 class Judge:
@@ -83,6 +100,12 @@ class Judge:
         self.outside: dict[str, int] = {}
         # The shorter first: a longer one may go on from it; and the cheaper, of which less is left to the dearer.
         self.order = sorted(suite.attacks, key=lambda name: suite.attacks[name].cost)
+        self.files = {name: kept.file(name, self.decisive(name)) for name in self.names} if kept is not None else {}
+
+    @property
+    def names(self) -> list[str]:
+        """The results of a chunk."""
+        return ["natural", *self.suite.attacks]
 
     def __call__(self, images: Tensor, labels: Tensor) -> Verdicts:
         """Verdicts.
@@ -105,13 +128,13 @@ class Judge:
             for i in range(rank, len(starts), world):
                 rows = slice(starts[i], starts[i] + self.chunk)
                 found = self.stored(i, len(labels[rows]))
-                if found is None:
+                if len(found) < len(self.names):
                     x, y = images[rows].to(self.device).float() / 255, labels[rows].to(self.device)
                     if not checked:
                         with own_randomness(self.seed, self.device):
                             self.examine(x[: max(2, len(x) // 32)])
                         checked = True
-                    found = self.attack(x, y, i, counter)
+                    self.attack(x, y, i, found, counter)
                 mine[i] = found
                 counter.advance({k: v.right for k, v in found.items()})
         everyone: list[Any] = [mine]
@@ -119,10 +142,9 @@ class Judge:
             everyone = [None] * world
             dist.all_gather_object(everyone, mine)
         chunks = {i: outcomes for part in everyone for i, outcomes in part.items()}
-        names = ["natural", *self.suite.attacks]
         self.seconds = sum(o.seconds for outcomes in chunks.values() for o in outcomes.values())
-        self.outside = {n: sum(chunks[i][n].outside for i in chunks) for n in names}
-        verdicts = {n: np.concatenate([chunks[i][n].right for i in range(len(starts))]) for n in names}
+        self.outside = {n: sum(chunks[i][n].outside for i in chunks) for n in self.names}
+        verdicts = {n: np.concatenate([chunks[i][n].right for i in range(len(starts))]) for n in self.names}
         if self.suite.ensemble:
             verdicts["ensemble"] = ensemble(verdicts)
         if self.skip_broken:
@@ -131,28 +153,26 @@ class Judge:
 
     # ---- one chunk --------------------------------------------------------------------------------------------
 
-    def attack(self, x: Tensor, y: Tensor, number: int, counter: Counter) -> dict[str, Outcome]:
-        """Outcomes of one chunk: those that are kept, and the others computed and kept.
+    def attack(self, x: Tensor, y: Tensor, number: int, done: dict[str, Outcome], counter: Counter) -> None:
+        """Adds to a chunk's outcomes those that are missing, and keeps them.
 
         Args:
             x: Images [B, 3, H, W] in [0, 1]; y: labels [B]; number: of the chunk.
+            done: What is there already, by name.
         """
-        done: dict[str, Outcome] = {}
         began = time.monotonic()
-        paths = {n: a.path for n, a in self.suite.attacks.items() if isinstance(a, WhiteBox) and self.own(n)}
-        due = [n for n in self.order if self.find(n, number, len(y)) is None]
+        paths = {n: a.path for n, a in self.suite.attacks.items() if self.own(n)}
+        due = [n for n in self.order if n not in done]
         # The first gradients of all fixed-start attacks, and the clean verdict, are of one forward.
         firsts = {p: self.suite.attacks[n] for n in due if (p := paths.get(n)) is not None}
         with own_randomness(Draws(self.seed, "natural", number, x.device).library_seed, x.device):
             z, gradients = self.look(x, y, list(firsts.values()))
         reached = {p: Reached(0, x, g) for p, g in zip(firsts, gradients, strict=True)}
-        standing = (z.argmax(1) == y) & z.isfinite().all(1)
-        done["natural"] = self.find("natural", number, len(y)) or self.settle("natural", number, standing, None, began)
+        standing = correct(z, y)
+        if "natural" not in done:
+            done["natural"] = self.settle("natural", number, Attacked(standing, x, z.argmax(1)), began)
         for name in self.order:
-            kept = self.find(name, number, len(y))
-            if kept is not None:
-                done[name] = kept
-            else:
+            if name not in done:
                 counter.note(name)
                 began = time.monotonic()
                 rows = standing.nonzero()[:, 0] if self.skip_broken else torch.arange(len(y), device=y.device)
@@ -160,11 +180,10 @@ class Judge:
                 due.remove(name)
                 # A rounded example is no iterate of the longer attack.
                 longer = path is not None and self.save != "uint8" and path in [paths.get(n) for n in due]
-                right, adv, outside = self.run(name, x, y, rows, number, reached, path if longer else None)
-                done[name] = self.settle(name, number, right, adv, began, outside)
+                found = self.run(name, x, y, rows, number, reached, path, longer)
+                done[name] = self.settle(name, number, found, began)
             if self.skip_broken:
                 standing = standing & torch.from_numpy(done[name].right).to(standing.device)
-        return done
 
     def run(
         self,
@@ -174,44 +193,43 @@ class Judge:
         rows: Tensor,
         number: int,
         reached: dict[Any, Reached],
-        going_on: Any,
-    ) -> tuple[Tensor, Tensor, int]:
-        """One attack on some rows of a chunk: (right [B], examples [B, 3, H, W], how many left the ball).
+        path: Any,
+        longer: bool,
+    ) -> Attacked:
+        """One attack on some rows of a chunk; the others are wrong and as they were.
 
         Args:
-            going_on: The attack's path, where a longer attack is to go on from its result.
+            path: The attack's, or None.
+            longer: Whether a longer attack is to go on from its result.
         """
-        attack = self.suite.attacks[name]
+        attack: Any = self.suite.attacks[name]
         draws = Draws(self.seed, name, number, x.device)
-        right, adv = torch.zeros_like(y, dtype=torch.bool), x.clone()
+        right, adv, predicted = torch.zeros_like(y, dtype=torch.bool), x.clone(), torch.full_like(y, -1)
         if not len(rows):
-            return right, adv, 0
+            return Attacked(right, adv, predicted)
         whole = len(rows) == len(y)
         xs, ys = (x, y) if whole else (x[rows], y[rows])
-        start = reached.get(getattr(attack, "path", None))
-        logits = self.logits if self.own(name) else self.source_logits
+        start = reached.get(path)
+        if start is not None and not whole:
+            start = Reached(start.steps, start.adv[rows], start.gradient[rows])
+        net = self.logits if self.own(name) else self.source_logits
         with own_randomness(draws.library_seed, x.device):
-            if start is not None and isinstance(attack, WhiteBox) and self.own(name):
-                if not whole:
-                    start = Reached(start.steps, start.adv[rows], start.gradient[rows])
-                found = attack(logits, xs, ys, draws, after=start)
-            else:
-                found = attack(logits, xs, ys, draws)
+            found = attack(net, xs, ys, draws, **({} if start is None else {"after": start}))
             found, broken = found if isinstance(found, tuple) else (found, None)
             found, outside = self.within(name, attack, found.detach(), xs)
             found = found.to(x.dtype)
             if self.save == "uint8":  # what the attack itself has seen is another image
                 found, broken = rounded(found, xs, *self.ball(attack)), None
-            z, gradients = self.look(found, ys, [attack] if going_on is not None else [])
-        verdict = (z.argmax(1) == ys) & z.isfinite().all(1)  # argmax calls NaN class 0
+            z, gradients = self.look(found, ys, [attack] if longer else [])
+        verdict = correct(z, ys)
         if broken is not None:  # seen in another batch, in which logits differ by a rounding
             verdict &= ~broken
-        right[rows], adv[rows] = verdict, found
-        if going_on is not None and isinstance(attack, WhiteBox):
+        right[rows], adv[rows], predicted[rows] = verdict, found, z.argmax(1)
+        if longer:
             slopes = torch.zeros_like(x)
             slopes[rows] = gradients[0]
-            reached[going_on] = Reached(attack.steps, adv, slopes)
-        return right, adv, outside
+            reached[path] = Reached(attack.steps, adv, slopes)
+        return Attacked(right, adv, predicted, outside)
 
     def look(self, x: Tensor, y: Tensor, attacks: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         """Logits of x, and the gradient of each attack's loss there, from one forward."""
@@ -255,41 +273,41 @@ class Judge:
 
     # ---- what is there, and what is kept ------------------------------------------------------------------------
 
-    def stored(self, number: int, n: int) -> dict[str, Outcome] | None:
-        """The outcomes of a chunk if all of them are there."""
-        found = {name: self.find(name, number, n) for name in ("natural", *self.suite.attacks)}
-        present = {name: outcome for name, outcome in found.items() if outcome is not None}
-        return present if len(present) == len(found) else None
+    def stored(self, number: int, n: int) -> dict[str, Outcome]:
+        """The outcomes of a chunk of n examples that are there."""
+        if self.kept is None:
+            return {}
+        found = {name: self.kept.find(file, number, n) for name, file in self.files.items()}
+        return {name: outcome for name, outcome in found.items() if outcome is not None}
 
-    def find(self, name: str, number: int, n: int) -> Outcome | None:
-        return None if self.kept is None else self.kept.find(self.file(name), number, n)
-
-    def file(self, name: str) -> Path:
-        """Where an attack's verdicts are kept."""
-        assert self.kept is not None
+    def decisive(self, name: str) -> dict[str, Any]:
+        """What decides an attack's verdicts, beside the net and the images."""
         stochastic = self.suite.stochastic or None  # a net that was not asked whether it is random
         if name == "natural":
-            return self.kept.file(name, {"stochastic": stochastic})
+            return {"stochastic": stochastic}
         # With skip_broken an attack's verdicts depend on those before it.
         before = self.order[: self.order.index(name) + 1] if self.skip_broken else [name]
-        decisive = {
+        return {
             "stochastic": stochastic,
             "skip_broken": self.skip_broken or None,
             "ball": [self.suite.norm, self.suite.eps, self.suite.bounded],
             "attacks": [[self.suite.sections.get(n), self.suite.attacks[n].library] for n in before],
         }
-        return self.kept.file(name, decisive)
 
-    def settle(
-        self, name: str, number: int, right: Tensor, adv: Tensor | None, began: float, outside: int = 0
-    ) -> Outcome:
+    def settle(self, name: str, number: int, found: Attacked, began: float) -> Outcome:
         """The outcome of an attack on a chunk, kept; here the device is waited for."""
-        outcome = Outcome(right.cpu().numpy(), outside, time.monotonic() - began)
+        outcome = Outcome(found.right.cpu().numpy(), found.outside, time.monotonic() - began)
         if self.kept is not None:
-            images = None
-            if adv is not None and self.save:
-                images = ((adv * 255).round().to(torch.uint8) if self.save == "uint8" else adv).cpu().numpy()
-            self.kept.keep(self.file(name), number, outcome, images)
+            adv = None
+            if self.save and name != "natural":
+                adv = (bytes_of(found.adv) if self.save == "uint8" else found.adv).cpu().numpy()
+            shown = None
+            if number == 0:
+                shown = {
+                    "adv": bytes_of(found.adv[:SHOWN]).cpu().numpy(),
+                    "predicted": found.predicted[:SHOWN].cpu().numpy(),
+                }
+            self.kept.keep(self.files[name], number, outcome, adv, shown)
         return outcome
 
     # ---- the nets -----------------------------------------------------------------------------------------------
@@ -300,12 +318,12 @@ class Judge:
 
     def logits(self, x: Tensor) -> Tensor:
         """The judged net's logits."""
-        return self.module.logits(x.contiguous(memory_format=self.module.format))
+        return logits_of(self.module, x)
 
     def source_logits(self, x: Tensor) -> Tensor:
         """The logits of the net that transfer attacks are crafted on."""
         assert self.source is not None
-        return self.source.logits(x.contiguous(memory_format=self.source.format))
+        return logits_of(self.source, x)
 
     def examine(self, x: Tensor) -> None:
         """Refuses a net on which the suite's numbers would mean nothing.
@@ -335,6 +353,16 @@ class Judge:
 def judge(module: RobustModule, images: Tensor, labels: Tensor, suite: Suite, **options: Any) -> Verdicts:
     """Verdicts of a suite: see `Judge`."""
     return Judge(module, suite, **options)(images, labels)
+
+
+def logits_of(module: RobustModule, x: Tensor) -> Tensor:
+    """Logits [B, K] of images [B, 3, H, W], in the memory format that the module computes in."""
+    return module.logits(x.contiguous(memory_format=module.format))
+
+
+def correct(z: Tensor, y: Tensor) -> Tensor:
+    """Which logits [B, K] name their labels [B]; NaN, which argmax calls class 0, names none."""
+    return (z.argmax(1) == y) & z.isfinite().all(1)
 
 
 def difference(z: Tensor, other: Tensor) -> Tensor:
@@ -367,6 +395,11 @@ def rounded(adv: Tensor, x: Tensor, norm: str, eps: float | None) -> Tensor:
         towards = (adv.double() * 255 - clean).trunc()
         change = torch.where(far[:, None, None, None], towards, change)
     return ((clean + change) / 255).to(adv.dtype)
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8."""
+    return (x * 255).round().to(torch.uint8)
 
 
 @contextmanager

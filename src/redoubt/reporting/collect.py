@@ -49,7 +49,7 @@ class Evaluation:
         """The first few test images and what the attacks made of them; None where none were kept.
 
         ``index``, ``label`` int64 [E], ``clean`` uint8 [E, 3, H, W], ``clean/predicted`` int64 [E]; by attack its
-        examples uint8 [E, 3, H, W] and ``<attack>/predicted``; ``classes``: their names, str [K].
+        examples uint8 [E, 3, H, W] and ``<attack>/predicted`` (-1: it was not attacked).
         """
         path = self.folder / "examples.npz"
         if not path.is_file():

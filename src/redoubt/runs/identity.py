@@ -120,6 +120,11 @@ def _number(value: Any) -> Any:
     return number + 0.0 if number == value or number != number else value  # + 0.0: -0.0 is 0.0
 
 
+def digest(decisive: Mapping[str, Any]) -> str:
+    """Ten hex digits that name what a mapping means."""
+    return hashlib.sha256(json.dumps(canonical(decisive), sort_keys=True).encode()).hexdigest()[:10]
+
+
 def identity(cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | None = None) -> str:
     """Ten hex digits that name what decides a run's weights.
 

@@ -23,7 +23,7 @@ from redoubt.nets import load_backbone
 from redoubt.runs.identity import identity, plain, redacted
 from redoubt.runs.loading import is_exported, load, read_checkpoint, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
-from redoubt.runs.store import Run, Store, readable_name
+from redoubt.runs.store import Run, Store, readable_name, reason
 from redoubt.training.distributed import ranks
 from redoubt.training.progress import ProgressBar
 from redoubt.training.recorder import Recorder, Stopped, strip
@@ -188,8 +188,7 @@ def transfer_source(cfg: DictConfig, data: ImageData, wanted: str | None = None,
             run.must_be_finished()
             module = load(run)
     except UserError as error:
-        text = str(error).removeprefix(f"run={wanted}: ").removeprefix(f"run={wanted!r}: ")
-        raise UserError(f"{key}={wanted}: {text}") from error
+        raise UserError(f"{key}={wanted}: {reason(error, wanted)}") from error
     for name, own in (("num_classes", data.num_classes), ("image_size", data.image_size)):
         if getattr(module, name) != own:
             raise UserError(f"{key}={wanted}: its {name} is {getattr(module, name)}, the data's {own}")

@@ -18,7 +18,7 @@ from redoubt.errors import UserError
 from redoubt.nets import Backbone, load_backbone, load_weights
 from redoubt.runs.identity import identity, plain
 from redoubt.runs.loading import CONSTANTS, constants, load, read_checkpoint, weights_hash
-from redoubt.runs.store import Run, Store, readable_name
+from redoubt.runs.store import Run, Store, readable_name, reason
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
         try:
             run = store.find(wanted)
         except UserError as error:
-            text = str(error).removeprefix(f"run={wanted}: ").removeprefix(f"run={wanted!r}: ")
-            raise UserError(f"{text}; or give auto, none or a file of weights") from error
+            raise UserError(f"{reason(error, wanted)}; or give auto, none or a file of weights") from error
     else:
         run = Run(file.resolve().parent.parent)
         if not run.exists() or file.resolve() != run.last.resolve():

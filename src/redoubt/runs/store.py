@@ -36,6 +36,11 @@ def readable_name(axes: Mapping[str, Any], seed: int) -> str:
     return "-".join([*parts, f"s{seed}"])
 
 
+def reason(error: UserError, wanted: str) -> str:
+    """What `Store.find` objected to, without its ``run=...:``, for a message that names another key."""
+    return str(error).removeprefix(f"run={wanted}: ").removeprefix(f"run={wanted!r}: ")
+
+
 class Run:
     """A run's folder: where its files are and what became of it.
 

@@ -28,6 +28,13 @@ console = Console(stderr=True, soft_wrap=True)
 _ACCURACY = re.compile(r"/(clean|pgd\d+)$")
 
 
+def _progress(**options: Any) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[notes]}"), console=console, **options,
+    )  # fmt: skip
+
+
 class ProgressBar(Callback):
     """Steps of the whole run with the latest loss seen, accuracies of the last epoch and the time left."""
 
@@ -45,10 +52,7 @@ class ProgressBar(Callback):
         self._began, self._first = time.monotonic(), pl_module.steps_done
         self.total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
         if console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[notes]}"), console=console,
-            )  # fmt: skip
+            self.bar = _progress()
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=self.total, completed=pl_module.steps_done, notes="")
 
@@ -100,17 +104,13 @@ class Counter:
 
     def __init__(self, title: str, total: int, *, enabled: bool = True, every: float = 30.0) -> None:
         self.title, self.total, self.every = title, total, every
-        self.done, self.right, self.doing = 0, dict[str, np.ndarray](), ""
+        self.done, self.right, self.doing = 0, dict[str, tuple[int, int]](), ""
         self.bar: Progress | None = None
         self.enabled, self._last = enabled, time.monotonic()
 
     def __enter__(self) -> Counter:
         if self.enabled and console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[notes]}"), console=console,
-                transient=True,
-            )  # fmt: skip
+            self.bar = _progress(transient=True)
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=self.total, notes="")
         return self
@@ -124,11 +124,12 @@ class Counter:
         self.doing = doing
         self._show()
 
-    def advance(self, right: Mapping[str, np.ndarray]) -> None:
+    def advance(self, right: Mapping[str, np.ndarray] | None = None) -> None:
         """One piece is done; ``right``: which of its examples are right, by attack."""
         self.done += 1
-        for name, flags in right.items():
-            self.right[name] = np.concatenate([self.right.get(name, np.zeros(0, bool)), flags])
+        for name, flags in (right or {}).items():
+            count, n = self.right.get(name, (0, 0))
+            self.right[name] = count + int(flags.sum()), n + len(flags)
         self.doing = ""
         self._show()
 
@@ -136,7 +137,7 @@ class Counter:
         if not self.enabled:
             return
         shown = list(self.right.items())[:6]
-        notes = " ".join([*(f"{name} {100 * flags.mean():.1f}%" for name, flags in shown), self.doing])
+        notes = " ".join([*(f"{name} {100 * count / n:.1f}%" for name, (count, n) in shown), self.doing])
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, notes=notes)
         elif time.monotonic() - self._last > self.every:
