@@ -104,6 +104,6 @@ def test_a_plan_downloads_nothing(cell: Cell, tmp_path: Path, capsys: pytest.Cap
 def test_an_evaluation_says_what_it_attacked(cell: Cell) -> None:
     cfg = cell("attack=pgd20", "attack.eps=0.1", "trainer.max_epochs=1", "data.limit_train=8")
     results = jobs.train(cfg, [])
-    assert results is not None
+    assert [r["axes"]["attack"] for r in results] == ["pgd20"]
     stored = list(Path(cfg.paths.outputs).glob("runs/*/eval/*/results.json"))
     assert [json.loads(f.read_text())["threat"] for f in stored] == [{"norm": "linf", "eps": 0.1}]

@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import traceback
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redoubt import config
@@ -91,27 +93,60 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     config.root = command
     config.chosen[:] = [f"{m[1]}={m[2]}" for m in map(_CHOICE.match, arguments) if m]
 
-    codes = [0]
+    ended: list[int] = []  # exit codes of the jobs that ran in this process
 
     @hydra.main(version_base="1.3", config_path=config.config_dir(), config_name=command)
     def task(cfg: DictConfig) -> Any:
         hydra_config = HydraConfig.get()
-        overrides = list(hydra_config.overrides.task)
-        try:
-            return _job(command, config.with_axes(cfg, dict(hydra_config.runtime.choices)), overrides)
-        except Exception as error:  # reported here, once: Hydra would add lines, and end a multirun's other jobs
-            codes.append(_report(error, debug))
+        config.register_resolvers()  # a sweep's worker has only this function
+        config.root = command
+        cfg = config.with_axes(cfg, dict(hydra_config.runtime.choices))
+        code, value = _cell(command, cfg, list(hydra_config.overrides.task), debug)
+        ended.append(code)
+        return value
 
+    _log()
     sys.argv = [f"redoubt {command}", *arguments]
     task()
-    return max(codes)
+    from redoubt import sweeps
+
+    if sweeps.current:
+        from redoubt.reporting.status import show
+
+        return show(sweeps.current.pop())
+    return max(ended, default=0)
+
+
+def _cell(command: str, cfg: DictConfig, overrides: list[str], debug: bool) -> tuple[int, Any]:
+    """One job, with its errors reported here, once: Hydra would add lines, and end a multirun's other jobs.
+
+    Returns:
+        The exit code, and what the job gave.
+    """
+    from redoubt import sweeps
+
+    noted: dict[str, Any] = {}
+    with ExitStack() as stack:
+        try:
+            if cfg.get("sweep") and cfg.sweep.evaluations is not None and not (cfg.plan or cfg.trainer.fast_dev_run):
+                sweep = sweeps.Sweep(Path(cfg.paths.outputs) / "sweeps" / cfg.sweep.name)
+                noted = stack.enter_context(sweep.cell(sweeps.key_of(overrides), cfg.sweep.evaluations))
+            value = _job(command, cfg, overrides)
+            if noted:
+                noted |= {"run": value[0]["run"], "results": value}
+            return 0, value
+        except sweeps.Taken as taken:  # by another process in the moment since the sweeper looked
+            print(f"redoubt: {taken}", file=sys.stderr)
+            return 0, None
+        except Exception as error:
+            code = _report(error, debug)
+            noted |= {"state": "failed", "reason": said(error), "code": code}
+            return code, None
 
 
 def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     """One job in as many processes as it asks for."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("fsspec", "urllib3", "matplotlib", "torch", "filelock", "git"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _log()
     from redoubt import jobs
     from redoubt.training.distributed import companions
 
@@ -121,6 +156,12 @@ def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     job = {"command": command, "config": cfg, "overrides": overrides, "config_dirs": config.search_path}
     with companions(job, jobs.processes(cfg)):
         return jobs.run(command, cfg, overrides)
+
+
+def _log() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("fsspec", "urllib3", "matplotlib", "torch", "filelock", "git", "hydra"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _child(file: str) -> int:
@@ -152,6 +193,12 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; see paths.outputs, paths.data and data.root"
     return None
+
+
+def said(error: BaseException) -> str:
+    """An error in one line, for a table."""
+    text = str(error) if isinstance(error, UserError) else one_line(error) or f"{type(error).__name__}: {error}"
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def _report(error: BaseException, debug: bool) -> int:

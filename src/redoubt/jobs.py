@@ -32,6 +32,7 @@ from redoubt.runs.files import read_json
 from redoubt.runs.identity import canonical, plain
 from redoubt.runs.loading import load, weights_hash
 from redoubt.runs.store import Run, Store
+from redoubt.sweeps import judges
 from redoubt.training.distributed import leave, ranks, started_by_launcher
 from redoubt.training.trainer import accelerator, devices, make_trainer
 
@@ -63,25 +64,41 @@ def _connect(cfg: DictConfig) -> None:
     strategy.setup_environment()
 
 
-def train(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
-    """Trains the cell, attacks it, records it and prints the table."""
+def train(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
+    """Trains the cell, attacks it, records it and prints the table; of a sweep's cell, each of its evaluations.
+
+    Returns:
+        results.json of each evaluation.
+    """
     if cfg.plan:
         from redoubt.reporting.plan import show_plan
 
         show_plan(cfg, console)
-        return None
+        return []
     if cfg.trainer.fast_dev_run:
         with tempfile.TemporaryDirectory() as folder:
-            return _fast_dev_run(cfg, folder)
+            return [_fast_dev_run(cfg, folder)]
     data = _data(cfg)
-    _check_evaluation(cfg, data)
+    judged = _evaluations(cfg, overrides)
+    for cell in judged:
+        _check_evaluation(cell, data)
     run = running.train(cfg, data)
-    results = [running.evaluate_run(cfg, data, run)]
-    if cfg.evaluation.beside:
-        twin, other = running.find_or_make(cfg, data, defense="none", base=str(cfg.evaluation.beside))
-        results.append(running.evaluate_run(twin, data, other))
-    _show(results, run.folder)
-    return results[0]
+    found = []
+    for cell in judged:
+        results = [running.evaluate_run(cell, data, run)]
+        if cell.evaluation.beside:
+            twin, other = running.find_or_make(cell, data, defense="none", base=str(cell.evaluation.beside))
+            results.append(running.evaluate_run(twin, data, other))
+        _show(results, run.folder)
+        found.append(results[0])
+    return found
+
+
+def _evaluations(cfg: DictConfig, overrides: list[str]) -> list[DictConfig]:
+    """The cell as each evaluation of a sweep would have it; ``cfg`` has the first one's words already."""
+    words = [list(evaluation) for evaluation in cfg.sweep.evaluations or [[]]]
+    own = [o for o in overrides if not judges(o) and not o.startswith("sweep.evaluations=")]
+    return [cfg, *(config.resolve(config.compose([*own, *evaluation])) for evaluation in words[1:])]
 
 
 def _check_evaluation(cfg: DictConfig, data: ImageData) -> None:

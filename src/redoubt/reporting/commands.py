@@ -13,7 +13,7 @@ from redoubt.errors import UserError, did_you_mean
 
 #: What -> (module, what it shows). The function has the name of the command; its keyword arguments are the keys.
 COMMANDS = {
-    "status": ("redoubt.sweeps", "the cells of a sweep: done, failed, running, missing"),
+    "status": ("redoubt.reporting.status", "the cells of a sweep: done, failed, running, missing"),
     "html": ("redoubt.reporting.page", "one page of all runs that needs no server and no network"),
     "tables": ("redoubt.reporting.tables", "the papers' tables beside our cells: Markdown, LaTeX, CSV"),
     "plot": ("redoubt.reporting.plots", "a figure as PNG and PDF"),

@@ -1,0 +1,65 @@
+"""The cells of a sweep: which are done, running, failed or missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from redoubt.reporting.table import title
+from redoubt.sweeps import STATES, Sweep, find, states, sweeps
+
+_STYLES = {"done": None, "running": "cyan", "failed": "bold red", "interrupted": "yellow", "missing": "dim"}
+
+
+def status(*, outputs: str = "outputs", sweep: str | None = None) -> int:
+    """The cells of a sweep, the newest one unless ``sweep=`` names another; exit code 0 whatever they are."""
+    found = find(outputs, sweep)
+    show(found)
+    others = [s.name for s in sweeps(outputs) if s.name != found.name]
+    if others and sweep is None:
+        print(f"other sweeps (sweep=NAME): {', '.join(others)}")
+    return 0
+
+
+def show(sweep: Sweep) -> int:
+    """Prints the table; the exit code is the worst of the failed cells'."""
+    cells = states(sweep)
+    Console(soft_wrap=False).print(table(sweep, cells))
+    return max((int(r.get("code") or 2) for _, r in cells if r["state"] == "failed"), default=0)
+
+
+def table(sweep: Sweep, cells: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
+    """One row per cell: what makes it, its state, and its accuracies or why it has none."""
+    counts = Counter(record["state"] for _, record in cells)
+    shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    made = Table(title=f"{sweep.name}: {len(cells)} cells, {shown}", min_width=40)
+    common = set.intersection(*(set(words) for words, _ in cells)) if len(cells) > 1 else set()
+    made.add_column("cell")
+    made.add_column("state")
+    made.add_column("accuracy in %, or what happened")
+    for words, record in cells:
+        own = " ".join(w for w in words if w not in common) or " ".join(words)
+        made.add_row(own, record["state"], _outcome(sweep, record), style=_STYLES[record["state"]])
+    if common:
+        made.caption = f"all: {' '.join(sorted(common))}"
+    return made
+
+
+def _outcome(sweep: Sweep, record: Mapping[str, Any]) -> str:
+    if record["state"] == "done":
+        return "\n".join(_accuracies(results) for results in record["results"])
+    if record["state"] == "running":
+        return f"process {record['pid']} on {record['host']}, since {record['started']}"
+    return str(record.get("reason") or "")
+
+
+def _accuracies(results: Mapping[str, Any]) -> str:
+    """The suite with its natural and its lowest accuracy."""
+    metrics = {name: m["accuracy"] for name, m in results["metrics"].items()}
+    worst = min(metrics, key=lambda name: (metrics[name], name != "ensemble"))
+    lowest = "" if worst == "natural" else f", {title(worst)} {100 * metrics[worst]:.2f}"
+    return f"{results['axes']['attack']}: natural {100 * metrics['natural']:.2f}{lowest}"
