@@ -318,15 +318,18 @@ def test_a_multirun_goes_on_after_a_cell_that_fails(tmp_path: Path) -> None:
 
 
 def own_package(folder: Path) -> Path:
-    """A user's own net, objective and defense, with their yaml files and the list of what may be called."""
+    """A user's own net, objective, defense and data set, their yaml files and the list of what may be called."""
     package, conf = folder / "theirs/ours_too", folder / "conf"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "parts.py").write_text(
         """
 import hashlib, os, time
+import numpy as np
 import torch
 from torch import nn
+from redoubt.data import ImageData
+from redoubt.data.source import Generated
 from redoubt.defenses import FSR, RobustModule
 from redoubt.objectives import Objective
 
@@ -380,6 +383,25 @@ class Told(RobustModule):
 
 class ToldFSR(Told, FSR):
     pass
+
+
+class Bars(ImageData):
+    name = "bars"
+
+    def official(self):
+        return BarsSource(**self.where())
+
+
+class BarsSource(Generated):
+    kind = "official"
+
+    def decode(self, split, allocate):
+        labels = np.arange(40 if split == "train" else 20) % self.num_classes
+        images = allocate(len(labels))
+        images[:] = 40
+        for i, label in enumerate(labels):
+            images[i, :, :, label] = 200
+        return labels
 """
     )
     files = {
@@ -389,6 +411,9 @@ class ToldFSR(Told, FSR):
         "base/spoilt": "Spoilt\nlabel_smoothing: ${label_smoothing}",
         "defense/decay": "Decay\nstrength: 0.5",
         "defense/told": "Told",
+        "data/bars": "Bars\n" + "\n".join(
+            line for line in (ROOT / "conf/data/digits.yaml").read_text().splitlines() if line[0] not in "#_"
+        ).replace("num_classes: 10", "num_classes: 4"),
         "defense/told_fsr": "ToldFSR",
     }
     for name, text in files.items():
@@ -409,11 +434,12 @@ def python_path(folder: Path) -> dict[str, str]:
 
 def test_parts_of_a_users_own(tmp_path: Path) -> None:
     conf = own_package(tmp_path)
-    own = ["--config-dir", str(conf), "model=linear", "base=twice", "defense=decay", *SMALL[2:]]
+    small = [word for word in SMALL[2:] if not word.startswith(("data=", "data.source=", "data.limit_"))]
+    own = ["--config-dir", str(conf), "model=linear", "base=twice", "defense=decay", "data=bars", *small]
     done = redoubt(tmp_path, "train", *own, **python_path(tmp_path)).good()
     assert columns(done.out) == ["decay + twice"]
     run = only_run(tmp_path)
-    assert run.readable == "decay-twice-linear-digits-s0"
+    assert run.readable == "decay-twice-linear-bars-s0"
     (row,) = read_rows(run.metrics_file)
     assert float(row["train/loss"]) == pytest.approx(float(row["train/twice"]) + float(row["train/penalty"]))
     (conf / "redoubt.allow").unlink()
