@@ -201,10 +201,12 @@ def test_a_run_leaves_what_the_house_says(trained: tuple[Path, Command]) -> None
     files = {p.relative_to(run.folder).as_posix() for p in run.folder.rglob("*") if p.is_file()}
     (evaluation,) = run.evaluations()
     name = evaluation[0].relative_to(run.folder).as_posix()
-    (kept,) = (file for file in files if file.startswith("eval/kept/natural-"))
-    assert files - {".lock", kept} == {
+    kept = sorted(file for file in files if file.startswith("eval/kept/natural-"))
+    assert [file.partition(".")[2] for file in kept] == ["0.jsonl", "shown.npz"]
+    assert files - {".lock", *kept} == {
         "config.yaml", "environment.json", "status.json", "metrics.csv", "checkpoints/last.ckpt",
         "checkpoints/best.ckpt", f"{name}/results.json", f"{name}/verdicts.npz", f"{name}/attack.json",
+        f"{name}/examples.npz",
     }  # fmt: skip
     (row,) = read_rows(run.metrics_file)
     wanted = {"epoch", "step", "lr", "images_per_second", "train/loss", "train/ce", "val/clean", "val/pgd1"}
@@ -411,7 +413,8 @@ class BarsSource(Generated):
         "base/spoilt": "Spoilt\nlabel_smoothing: ${label_smoothing}",
         "defense/decay": "Decay\nstrength: 0.5",
         "defense/told": "Told",
-        "data/bars": "Bars\n" + "\n".join(
+        "data/bars": "Bars\n"
+        + "\n".join(
             line for line in (ROOT / "conf/data/digits.yaml").read_text().splitlines() if line[0] not in "#_"
         ).replace("num_classes: 10", "num_classes: 4"),
         "defense/told_fsr": "ToldFSR",

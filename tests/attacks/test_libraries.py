@@ -409,7 +409,7 @@ def test_a_class_of_foolbox(name, norm, options):
     ("options", "says"),
     [
         ({"name": "LinfPGD", "norm": "l2"}, ["name=LinfPGD", "Linf", "suite l2"]),
-        ({"name": "L2DeepFoolAttack"}, ["name=L2DeepFoolAttack", "L2", "threat=linf"]),
+        ({"name": "L2DeepFoolAttack"}, ["name=L2DeepFoolAttack", "L2", "of that norm"]),
         ({"name": "LinfPDG"}, ["name='LinfPDG'", "did you mean LinfPGD", "LinfDeepFoolAttack"]),
         ({"name": "LinfPGD", "options": {"stepz": 1}}, ["LinfPGD", "stepz"]),
         ({"name": "LinfPGD", "eps": "x"}, ["eps='x'"]),

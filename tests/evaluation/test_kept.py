@@ -24,6 +24,7 @@ from redoubt.evaluation.kept import Kept, Outcome
 from redoubt.evaluation.record import evaluate
 from redoubt.evaluation.suite import Suite
 from redoubt.evaluation.verdicts import Judge, distances, rounded
+from redoubt.reporting.collect import Evaluation
 from redoubt.runs.identity import plain
 
 CPU = torch.device("cpu")
@@ -430,6 +431,16 @@ def test_saved_examples_are_what_was_scored(evaluated, calls, labelled, tmp_path
     if radius < 1 / 255 and kind == "uint8":  # nothing on the grid is as near
         assert moved == 0
         np.testing.assert_array_equal(verdicts["fgsm"], verdicts["natural"])
+    shown = Evaluation(tmp_path / "eval" / results["evaluation"], results).examples()
+    assert shown is not None
+    np.testing.assert_array_equal(shown["label"], verdicts["label"][:6])  # of the first chunk, 8 at most
+    np.testing.assert_array_equal(shown["index"], verdicts["index"][:6])
+    np.testing.assert_array_equal(shown["clean"], images[:6].numpy())
+    for name in ("fgsm", "pgd20", "pgd100", "cw"):
+        adv = torch.from_numpy(examples(tmp_path / "eval", results, name)[1][:6])
+        point = adv.float() / (255 if kind == "uint8" else 1)
+        np.testing.assert_array_equal(shown[name], (point * 255).round().to(torch.uint8).numpy())
+        np.testing.assert_array_equal(shown[f"{name}/predicted"], Net().logits(point).argmax(1).numpy())
     # Nothing is done again, and what is gone is.
     (tmp_path / "eval" / results["evaluation"] / "results.json").unlink()
     calls.clear()
