@@ -97,7 +97,7 @@ NAMES: list[tuple[list[str], list[str]]] = [
     (["experiment=dmo"], ["experiment=dmo", "demo"]),
     (
         ["experiment=fsr/s1_cifar100_resnet18_trade"],
-        ["experiment=fsr/s1_", "did you mean fsr/s1_cifar100_resnet18_trades"],
+        ["did you mean fsr/s1_cifar100_resnet18_trades"],
     ),
     (["experiment=fsrs1"], ["experiment=fsrs1", "fsr/..."]),
     (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean lr"]),

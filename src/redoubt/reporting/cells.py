@@ -73,14 +73,15 @@ class Cell:
         names = {"defense": self.defense, "base": self.base, "model": self.model, "data": self.data}
         return {**names, "attack": self.suite}
 
-    def overrides(self) -> list[str]:
-        """The words of a command line that give this cell without its file."""
-        words = [f"{group}={option}" for group, option in self.axes.items()]
-        return words + [f"{key}={_text(value)}" for key, value in self.settings.items()]
+    def overrides(self, suite: str | None = None) -> tuple[str, ...]:
+        """The words of a command line that give this cell without its file, measured by its own or another suite."""
+        axes = {**self.axes, "attack": suite or self.suite}
+        settings = (f"{key}={_text(value)}" for key, value in self.settings.items())
+        return *(f"{group}={option}" for group, option in axes.items()), *settings
 
-    def words(self) -> list[str]:
+    def words(self) -> tuple[str, ...]:
         """The shortest words of a command line that give this cell."""
-        return [f"experiment={self.experiment}"] if self.experiment else self.overrides()
+        return (f"experiment={self.experiment}",) if self.experiment else self.overrides()
 
 
 def _text(value: Any) -> str:
