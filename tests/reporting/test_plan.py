@@ -95,6 +95,14 @@ def test_rows_that_are_one_run_are_planned_once(store: FakeStore, planned) -> No
     assert f"python src/eval.py run={run.name} attack=autoattack" in commands(text)
 
 
+def test_other_weights_are_another_evaluation_of_the_same_run(store: FakeStore, planned) -> None:
+    run = store.run("experiment=cure/t1_cifar10_resnet18_cure")
+    store.evaluate(run, natural=86.0, pgd20=54.0)
+    text = planned(table="cure_revision")
+    assert "1 runs, 0 missing" in text
+    assert commands(text) == [f"python src/eval.py run={run.name} attack=cure_suite evaluation.weights=revision"]
+
+
 def test_natural_runs_are_counted_once(store: FakeStore, planned) -> None:
     text = planned(table="cure_7", images_per_second=1000)  # three ablations of CURE, one natural start
     assert "4 runs, 4 missing" in text

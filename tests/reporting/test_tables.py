@@ -105,6 +105,24 @@ def test_seeds_that_were_evaluated_otherwise_are_not_averaged(store: FakeStore) 
     assert (row["ours"], row["seeds"]) == ("56.0", "1")
 
 
+def test_seeds_whose_clean_accuracy_comes_from_other_suites_are_averaged(store: FakeStore) -> None:
+    store.evaluate(store.run(TRADES_FSR), natural=56.0, **SUITE)
+    store.evaluate(store.run(TRADES_FSR, seed=1), suite="standard", natural=58.0)
+    row = one(store, "fsr_s1", "TRADES + FSR", "Natural")
+    assert (row["ours"], row["seeds"], row["suite"]) == ("57.0", "2", "fsr_suite")
+
+
+def test_images_of_a_folder_are_told_and_kept_apart(store: FakeStore) -> None:
+    for seed, natural in ((1, 66.0), (2, 68.0)):
+        store.evaluate(store.run(TRADES_FSR, seed=seed, data__source="folder"), natural=natural, **SUITE)
+    row = one(store, "fsr_s1", "TRADES + FSR", "Natural")
+    assert (row["ours"], row["seeds"]) == ("67.0", "2")
+    assert "100 epochs, data.source=folder" in (store.outputs / "tables/fsr_s1.md").read_text()
+    store.evaluate(store.run(TRADES_FSR), natural=56.0, **SUITE)
+    row = one(store, "fsr_s1", "TRADES + FSR", "Natural")
+    assert (row["ours"], row["seeds"]) == ("56.0", "1"), "official images win, and are not averaged with others"
+
+
 def test_noise_and_unfinished_runs_are_no_result(store: FakeStore) -> None:
     store.evaluate(store.run(TRADES_FSR, state="failed"), natural=57.0, **SUITE)
     assert one(store, "fsr_s1", "TRADES + FSR", "Natural")["state"] == "missing"

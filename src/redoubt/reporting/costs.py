@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 from redoubt.errors import UserError
 from redoubt.reporting.cells import WITH_EXPERIMENTS, Cell, Measure, cell, measure
 from redoubt.reporting.collect import Record, records
-from redoubt.reporting.match import composed, nearest, recipe
+from redoubt.reporting.match import composed, recipe
+from redoubt.reporting.protocol import nearest
 from redoubt.reporting.published import Published, find
 from redoubt.reporting.sheet import Sheet, wide_console
 from redoubt.reporting.throughput import Throughput, measured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import mean, stdev
 from typing import Any
@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 
 from redoubt import config
 from redoubt.reporting.cells import Cell, Measure
-from redoubt.reporting.collect import Evaluation, Record
-from redoubt.runs.identity import EXCLUDED, canonical, deciding, differences, plain
+from redoubt.reporting.collect import Record
+from redoubt.reporting.protocol import Protocol, nearest, protocol_of
+from redoubt.runs.identity import EXCLUDED, deciding, differences, plain
 
 #: Runs that differ in these alone are one recipe. The natural run that a cell starts from belongs to its recipe.
 BESIDE_THE_RECIPE = (EXCLUDED - {"natural"}) | {"seed", "data.seed"}
@@ -49,6 +50,11 @@ class Group:
         axes = self.runs[0].axes
         return axes["data"], axes["model"], axes["defense"], axes["base"]
 
+    @property
+    def official(self) -> bool:
+        """Whether the images are the published files."""
+        return self.runs[0].config["data"].get("source") == "official"
+
 
 def groups(records: Iterable[Record]) -> list[Group]:
     """The finished runs by recipe; of a seed that is there twice, the first by name."""
@@ -57,41 +63,11 @@ def groups(records: Iterable[Record]) -> list[Group]:
         if record.status["state"] != "done":
             continue
         own = recipe(record.config)
-        names = [record.axes[axis] for axis in ("data", "model", "defense", "base")]
-        _, seeds = found.setdefault(json.dumps([names, own], sort_keys=True), (own, {}))
+        place = [record.axes[axis] for axis in ("data", "model", "defense", "base")]
+        place.append(record.config["data"].get("source"))  # a folder's images need not be the official ones
+        _, seeds = found.setdefault(json.dumps([place, own], sort_keys=True), (own, {}))
         seeds.setdefault(record.axes["seed"], record)
     return [Group(own, tuple(seeds.values())) for own, seeds in found.values()]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a number of ours came about.
-
-    Args:
-        suite: The attack's name.
-        norm, eps: Of the threat model; eps None where there is none.
-        images: Of the test split.
-        epochs: Of training.
-        source: Where the images came from, as ``data.source``.
-        differs: Keys in which run or evaluation differ from the published recipe; none: faithful.
-    """
-
-    suite: str
-    norm: str
-    eps: float | None
-    images: int
-    epochs: int
-    source: str
-    differs: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        eps = "" if self.eps is None else f", {self.norm} {_fraction(self.eps) if self.norm == 'linf' else self.eps}"
-        origin = "" if self.source == "official" else f", data.source={self.source}"
-        return f"{self.suite}{eps}, {self.images} images, {self.epochs} epochs{origin}"
-
-
-def _fraction(eps: float) -> str:
-    return f"{eps * 255:.4g}/255"
 
 
 @dataclass(frozen=True)
@@ -122,7 +98,8 @@ class Match:
     """The runs that fit one published row.
 
     Runs of the cell's axes fit, unless they differ in what distinguishes the rows of the table. The faithful win;
-    else those that differ in the fewest keys, else those with the most seeds. Recipes are never mixed.
+    else those that differ in the fewest keys, those on official images, those with the most seeds. Recipes are never
+    mixed.
 
     Args:
         cell: The row's.
@@ -139,7 +116,7 @@ class Match:
             wanted = recipe(plain(composed(*cell.overrides())))
             keyed = [(tuple(differences(group.recipe, wanted)), group) for group in near]
             fitting = [(keys, group) for keys, group in keyed if not set(keys) & set(distinct)]
-            self.groups = sorted(fitting, key=lambda entry: (len(entry[0]), -len(entry[1].runs)))
+            self.groups = sorted(fitting, key=lambda entry: (len(entry[0]), not entry[1].official, -len(entry[1].runs)))
 
     def numbers(self, measures: Sequence[Measure]) -> list[Ours | None]:
         """Each measure by the first group that has any of them."""
@@ -150,15 +127,12 @@ class Match:
         return [None] * len(measures)
 
     def _number(self, measure: Measure, keys: tuple[str, ...], group: Group) -> Ours | None:
-        words = [
-            f"attack={measure.suite}" if w.startswith("attack=") and measure.suite else w for w in self.cell.overrides()
-        ]
-        return _over_seeds(group, measure, keys, plain(composed(*words)))
+        return _over_seeds(group, measure, keys, plain(composed(*self.cell.overrides(measure.suite))))
 
 
 def _over_seeds(group: Group, measure: Measure, keys: tuple[str, ...], wanted: Mapping[str, Any]) -> Ours | None:
     """The measure over the seeds that were evaluated alike, as near to the published protocol as any."""
-    by_protocol: dict[Protocol, list[tuple[float, str]]] = {}
+    alike: dict[Protocol, list[tuple[float, str, Protocol]]] = {}
     for record in group.runs:
         found = [nearest(record, part, wanted) for part in measure.parts]
         if not all(found):
@@ -168,55 +142,8 @@ def _over_seeds(group: Group, measure: Measure, keys: tuple[str, ...], wanted: M
         last = parts[measure.parts[-1]][0]  # the attack, where natural accuracy is the other part
         protocol = protocol_of(record, last, differs)
         value = 100 * measure.of({part: float(e.accuracy(part) or 0.0) for part, (e, _) in parts.items()})
-        by_protocol.setdefault(protocol, []).append((value, record.name))
-    if not by_protocol:
+        alike.setdefault(replace(protocol, suite=""), []).append((value, record.name, protocol))  # suites attack alike
+    if not alike:
         return None
-    protocol, seeds = min(by_protocol.items(), key=lambda entry: (len(entry[0].differs), -len(entry[1])))
-    return Ours(tuple(value for value, _ in seeds), protocol, tuple(name for _, name in seeds))
-
-
-def protocol_of(record: Record, evaluation: Evaluation, differs: tuple[str, ...] = ()) -> Protocol:
-    """What is to be said beside a number of this evaluation."""
-    threat, results, cfg = evaluation.results["threat"], evaluation.results, record.config
-    source = str(cfg["data"].get("source", "official"))
-    epochs = int(cfg["trainer"]["max_epochs"])
-    return Protocol(evaluation.attack, threat["norm"], threat["eps"], int(results["n"]), epochs, source, differs)
-
-
-def nearest(record: Record, metric: str, wanted: Mapping[str, Any]) -> tuple[Evaluation, list[str]] | None:
-    """The evaluation that measures a metric most nearly as the config ``wanted`` would; the newest of equals.
-
-    Another suite counts only where it attacks in the very same way.
-    """
-    found = []
-    for evaluation in record.evaluations:
-        if evaluation.accuracy(metric) is None:
-            continue
-        keys = _protocol_differences(evaluation, metric, wanted)
-        if not keys or evaluation.attack == wanted["axes"]["attack"]:
-            found.append((len(keys), evaluation, keys))
-    return min(found, key=lambda entry: entry[0])[1:] if found else None
-
-
-def _protocol_differences(evaluation: Evaluation, metric: str, wanted: Mapping[str, Any]) -> list[str]:
-    settings, results = evaluation.settings, evaluation.results
-    own = {
-        "attack": _section(settings.get("attack") or {}, metric),
-        "evaluation": {key: results[key] for key in ("checkpoint", "weights")},
-        "data": {"limit_test": settings.get("limit_test")},
-    }
-    if (settings.get("evaluation") or {}).get("save") == "uint8":  # rounded examples are scored
-        own["evaluation"]["save"] = "uint8"
-    published = {
-        "attack": _section(wanted["attack"], metric),
-        "evaluation": {key: wanted["evaluation"][key] for key in ("checkpoint", "weights")},
-    }
-    return differences(canonical(own), canonical(published))
-
-
-def _section(attack: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """What decides a metric of a suite: its attack; all of them for the ensemble; nothing for clean images."""
-    if metric == "natural":
-        return {}
-    attacks = attack.get("attacks") or {}
-    return {"attacks": attacks if metric == "ensemble" else {metric: attacks.get(metric)}}
+    values, names, protocols = zip(*min(alike.values(), key=lambda e: (len(e[0][2].differs), -len(e))), strict=True)
+    return Ours(values, protocols[0], names)

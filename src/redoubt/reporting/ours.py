@@ -9,7 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from redoubt.reporting.collect import Evaluation, Record
-from redoubt.reporting.match import Group, protocol_of, spread
+from redoubt.reporting.match import Group, spread
+from redoubt.reporting.protocol import protocol_of
 from redoubt.reporting.sheet import Sheet
 from redoubt.reporting.table import title
 from redoubt.runs.identity import canonical, differences
