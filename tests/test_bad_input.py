@@ -59,6 +59,11 @@ NAMES: list[tuple[list[str], list[str]]] = [
     (["optimizer=sdg"], ["optimizer=sdg", "sgd"]),
     (["trainer=cppu"], ["trainer=cppu", "cpu"]),
     (["experiment=dmo"], ["experiment=dmo", "demo"]),
+    (
+        ["experiment=fsr/s1_cifar100_resnet18_trade"],
+        ["did you mean fsr/s1_cifar100_resnet18_trades"],
+    ),
+    (["experiment=fsrs1"], ["experiment=fsrs1", "fsr/..."]),
     (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean lr"]),
     (["optimiser.lr=1"], ["optimiser", "optimizer"]),
     (["newkey=1"], ["newkey", "seed"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,15 @@ def test_every_cell_composes_resolves_and_is_checked() -> None:
     check_composes(CELLS)
 
 
-@pytest.mark.parametrize("name", options("experiment"))
+def experiments() -> list[Any]:
+    """Those at the top of the folder; the papers' rows, in folders, are many and alike: slow."""
+    root = CONF / "experiment"
+    names = [file.relative_to(root).with_suffix("").as_posix() for file in sorted(root.rglob("*.yaml"))]
+    assert "fsr/s1_cifar100_resnet18_trades_fsr" in names
+    return [pytest.param(name, marks=[pytest.mark.slow] if "/" in name else []) for name in names]
+
+
+@pytest.mark.parametrize("name", experiments())
 def test_every_experiment_composes_and_is_checked(name: str) -> None:
     cfg = config.resolve(config.compose([f"experiment={name}"]))
     assert f"experiment/{name}" in cfg.axes.recipes

@@ -295,6 +295,9 @@ def explain(error: BaseException) -> str:
     if group:
         options = re.search(r"Available options in '[^']*':\s*(.*?)\s*Config search path", str(error), re.S)
         names = options.group(1).split() if options else []
+        wanted = f"{group[1]}/{group[2]}".removeprefix("experiment/")
+        if group[1].split("/")[0] == "experiment":
+            return f"experiment={wanted} does not exist{did_you_mean(wanted, _experiments(wanted, names))}"
         return f"{group[1]}={group[2]} does not exist{did_you_mean(group[2], names)}"
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown:
@@ -306,6 +309,13 @@ def explain(error: BaseException) -> str:
     key = getattr(error, "full_key", None)
     first = _first(str(error) if key else text)
     return f"{key}: {first}" if key and key not in first else first
+
+
+def _experiments(wanted: str, top: Sequence[str]) -> list[str]:
+    """The experiments of the folder (a paper's) that was asked for; else those at the top, and the folders."""
+    root, folder = Path(config_dir()) / "experiment", wanted.rpartition("/")[0]
+    inside = [f"{folder}/{file.stem}" for file in (root / folder).glob("*.yaml")] if folder else []
+    return inside or [*top, *(f"{path.name}/..." for path in root.iterdir() if path.is_dir())]
 
 
 def _first(text: str) -> str:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
-from redoubt import config
 from redoubt.build import make
 from redoubt.data import ImageData
 from redoubt.errors import UserError
@@ -19,6 +16,7 @@ from redoubt.nets import Backbone, load_backbone, load_weights
 from redoubt.runs.identity import identity, plain
 from redoubt.runs.loading import CONSTANTS, constants, load, read_checkpoint, weights_hash
 from redoubt.runs.store import Run, Store, readable_name, reason
+from redoubt.runs.twin import twin_config
 
 
 @dataclass(frozen=True)
@@ -145,38 +143,3 @@ def _same_first_layer(found: dict[str, torch.Tensor], own: dict[str, torch.Tenso
         if mine is None or theirs is None or not torch.allclose(mine, theirs):
             shown = "no normalisation" if theirs is None else f"normalize.{name[10:]} {theirs.flatten().tolist()}"
             raise UserError(f"{origin} was trained with {shown}: set model.normalize, model.mean and model.std so")
-
-
-def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
-    """The resolved config of another cell on the same model, data, limits, split, seed, precision and devices.
-
-    Its epochs, optimizer and schedule come from its own recipe, or from ``natural.*``; never from ``cfg``.
-    """
-    own = [f"{key}={value}" for key, value in leaves(plain(cfg.natural)) if value is not None]
-    choices = [f"{axis}={cfg.axes[axis]}" for axis in ("model", "data", "attack")]
-    try:
-        twin = config.compose([*choices, f"defense={defense}", f"base={base}", *own])
-        twin = _as_the_cell(twin, cfg)
-    except UserError as error:
-        raise UserError(f"natural.{error}" if own else str(error)) from error
-    return twin
-
-
-def _as_the_cell(twin: DictConfig, cfg: DictConfig) -> DictConfig:
-    for key in ("model", "data", "threat", "attack", "validation", "paths", "logger", "runs"):
-        OmegaConf.update(twin, key, cfg[key], merge=False)
-    for key in ("seed", "compile", "channels_last"):
-        twin[key] = cfg[key]
-    epochs = twin.trainer.max_epochs
-    twin.trainer = {**cfg.trainer, "max_epochs": epochs, "accumulate": 1}
-    twin.evaluation = {**cfg.evaluation, "weights": None, "checkpoint": "last", "beside": None}
-    return config.resolve(twin)
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested mapping."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
