@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -237,6 +238,20 @@ def test_no_secret_and_nothing_of_the_machine_is_written(store: Store) -> None:
     assert not any("host" in segment.run for segment in (*store.trained, *store.judged))
     names = {path.name for path in files}
     assert not names & {"wandb-metadata.json", "requirements.txt", "output.log", "diff.patch"}
+
+
+def test_a_run_trained_without_wandb_gets_its_curves(store: Store, tmp_path: Path) -> None:
+    source = store.records[1]
+    run = Run(tmp_path / source.name)
+    shutil.copytree(source.run.folder, run.folder, ignore=shutil.ignore_patterns("wandb"))
+    cfg = OmegaConf.create(source.config)
+    wandb_log.log_evaluation(cfg, run, source.evaluations[0].results)
+    (segment,) = segments(run)
+    assert [row["_step"] for row in segment.history] == [1, 2, 3]
+    for row, logged in zip(source.metrics, segment.history, strict=False):
+        assert row == pytest.approx({name: logged[name] for name in row})
+    assert segment.defined["train_probe/clean"]["summary"] == {"max": True, "last": True}
+    assert segment.summary["eval/fgsm/n"] == 30
 
 
 def test_a_failed_training_ends_its_run(

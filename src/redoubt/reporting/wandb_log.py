@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from redoubt.reporting.collect import Evaluation
-from redoubt.reporting.wandb_run import open_run, warn
-from redoubt.runs.files import read_json, read_rows, write_json
+from redoubt.reporting.collect import Evaluation, Record
+from redoubt.reporting.wandb_run import define_curves, open_run, warn
+from redoubt.runs.files import read_json, write_json
 from redoubt.runs.identity import redacted
 from redoubt.runs.store import Run
 
@@ -54,11 +54,17 @@ def _send(logger: Any, run: Run, evaluation: Evaluation) -> None:
     mine = sent.setdefault(str(evaluation.results["evaluation"]), [])
     if digest in mine:
         return
+    config, epochs = run.config(), Record(run).metrics
+    new = not any(run.folder.glob("wandb/*run-*"))  # trained without W&B
     # W&B's steps only grow: epochs first, then one for each evaluation, whichever process or folder it comes from.
-    step = len(read_rows(run.metrics_file)) + 1 + sum(map(len, sent.values()))
+    step = len(epochs) + 1 + sum(map(len, sent.values()))
     attacks = [evaluation.attack, *(results["axes"]["attack"] for _, results in run.evaluations())]
     keys = {key: logger[key] for key in ("project", "entity", "offline") if key in logger}
-    with open_run(run.folder, run.config(), attacks=attacks, **keys) as opened:
+    with open_run(run.folder, config, attacks=attacks, **keys) as opened:
+        if new:
+            define_curves(opened, config)
+            for row in epochs:
+                opened.log(row, step=int(row["epoch"]))
         opened.log(media(evaluation), step=step)
         opened.summary.update(summary(evaluation))
         if logger.get("checkpoint"):

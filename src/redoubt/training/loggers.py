@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from redoubt.build import make
 from redoubt.errors import UserError
-from redoubt.reporting.wandb_run import open_run, warn
+from redoubt.reporting.wandb_run import define_curves, open_run, warn
 from redoubt.runs.identity import plain, redacted
 from redoubt.runs.store import Run
 from redoubt.training.distributed import ranks
@@ -92,10 +92,5 @@ def wandb_logger(
     """
     _needs("wandb")
     run = open_run(folder, config, project=project, entity=entity, offline=offline)
-    run.define_metric("epoch", hidden=True)
-    run.define_metric("*", step_metric="epoch")
-    run.define_metric("train/loss", step_metric="epoch", summary="last")  # "train/*" and "*" would race for it
-    probe = "val" if config["data"]["val_fraction"] else "train_probe"
-    for accuracy in ("clean", f"pgd{config['validation']['steps']}"):
-        run.define_metric(f"{probe}/{accuracy}", step_metric="epoch", summary="max,last")
+    define_curves(run, config)
     return Curves(experiment=run, save_dir=folder)
