@@ -19,7 +19,7 @@ from redoubt import cli
 from redoubt.errors import UserError
 from redoubt.reporting import wandb_log, wandb_run
 from redoubt.reporting.collect import Record, records
-from redoubt.runs.files import read_rows
+from redoubt.runs.files import read_rows, write_json
 from redoubt.runs.store import Run
 from redoubt.training import loggers
 
@@ -188,6 +188,14 @@ def test_evaluation_is_in_the_summary_of_the_same_run(store: Store) -> None:
         assert [row["_step"] for row in judged.history] == [3]  # after the epochs
 
 
+def test_a_later_summary_repeats_the_earlier_ones(store: Store) -> None:
+    """`wandb sync` replaces the summary by that of the last folder."""
+    trained, judged, (again,) = store.trained[0].summary, store.judged[0].summary, store.again
+    for name in ("train/loss", "train_probe/clean", "train_probe/pgd1", "lr", "epoch"):
+        assert judged[name] == pytest.approx(trained[name], rel=1e-5), name
+    assert judged.keys() <= again.summary.keys()
+
+
 def test_tables_by_attack_and_by_class(store: Store) -> None:
     (evaluation,) = store.records[0].evaluations
     attacks = store.judged[0].table("eval/fgsm/attacks")
@@ -244,6 +252,10 @@ def test_a_run_trained_without_wandb_gets_its_curves(store: Store, tmp_path: Pat
     source = store.records[1]
     run = Run(tmp_path / source.name)
     shutil.copytree(source.run.folder, run.folder, ignore=shutil.ignore_patterns("wandb"))
+    other = run.eval / "other-0123456789"  # another suite's, which goes with it
+    shutil.copytree(source.evaluations[0].folder, other)
+    results = source.evaluations[0].results
+    write_json(other / "results.json", {**results, "axes": {**results["axes"], "attack": "other"}, "n": 7})
     cfg = OmegaConf.create(source.config)
     wandb_log.log_evaluation(cfg, run, source.evaluations[0].results)
     (segment,) = segments(run)
@@ -251,7 +263,9 @@ def test_a_run_trained_without_wandb_gets_its_curves(store: Store, tmp_path: Pat
     for row, logged in zip(source.metrics, segment.history, strict=False):
         assert row == pytest.approx({name: logged[name] for name in row})
     assert segment.defined["train_probe/clean"]["summary"] == {"max": True, "last": True}
-    assert segment.summary["eval/fgsm/n"] == 30
+    assert (segment.summary["eval/fgsm/n"], segment.summary["eval/other/n"]) == (30, 7)
+    assert segment.table("eval/other/classes") == segment.table("eval/fgsm/classes")
+    assert segment.run["tags"][-2:] == ["attack:fgsm", "attack:other"]
 
 
 def test_a_failed_training_ends_its_run(

@@ -14,7 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from redoubt.reporting.collect import Evaluation, Record
-from redoubt.reporting.wandb_run import define_curves, open_run, warn
+from redoubt.reporting.wandb_run import accuracies, define_curves, open_run, warn
 from redoubt.runs.files import read_json, write_json
 from redoubt.runs.identity import redacted
 from redoubt.runs.store import Run
@@ -54,19 +54,23 @@ def _send(logger: Any, run: Run, evaluation: Evaluation) -> None:
     mine = sent.setdefault(str(evaluation.results["evaluation"]), [])
     if digest in mine:
         return
-    config, epochs = run.config(), Record(run).metrics
+    record = Record(run)
+    suites = {e.attack: e for e in (*reversed(record.evaluations), evaluation)}  # the newest of each, and this one
     new = not any(run.folder.glob("wandb/*run-*"))  # trained without W&B
     # W&B's steps only grow: epochs first, then one for each evaluation, whichever process or folder it comes from.
-    step = len(epochs) + 1 + sum(map(len, sent.values()))
-    attacks = [evaluation.attack, *(results["axes"]["attack"] for _, results in run.evaluations())]
+    step = len(record.metrics) + 1 + sum(map(len, sent.values()))
     keys = {key: logger[key] for key in ("project", "entity", "offline") if key in logger}
-    with open_run(run.folder, config, attacks=attacks, **keys) as opened:
+    with open_run(run.folder, record.config, attacks=suites, **keys) as opened:
         if new:
-            define_curves(opened, config)
-            for row in epochs:
+            define_curves(opened, record.config)
+            for row in record.metrics:
                 opened.log(row, step=int(row["epoch"]))
-        opened.log(media(evaluation), step=step)
-        opened.summary.update(summary(evaluation))
+        # `wandb sync` appends a folder's history, but puts its summary in the place of the one before: so all of it.
+        everything = [media(e) for e in suites.values()]
+        opened.log({key: value for found in everything for key, value in found.items()}, step=step)
+        opened.summary.update(curves(record))
+        for suite in suites.values():
+            opened.summary.update(summary(suite))
         if logger.get("checkpoint"):
             opened.log_artifact(_artifact(run, str(evaluation.results["checkpoint"])))
     mine.append(digest)
@@ -83,6 +87,21 @@ def _staging(folder: Path) -> Iterator[None]:
     finally:
         if before is None:
             del os.environ["WANDB_DATA_DIR"]
+
+
+def curves(record: Record) -> dict[str, Any]:
+    """The summary of the learning curves, as W&B makes it of what `define_curves` says."""
+    if not record.metrics:
+        return {}
+    last = record.metrics[-1]
+    found: dict[str, Any] = {**last}
+    if "train/loss" in last:
+        found["train/loss"] = {"last": last["train/loss"]}
+    for name in accuracies(record.config):
+        values = [row[name] for row in record.metrics if name in row]
+        if values:
+            found[name] = {"max": max(values), "last": values[-1]}
+    return found
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:

@@ -74,14 +74,19 @@ def open_run(
     return run
 
 
+def accuracies(config: Mapping[str, Any]) -> list[str]:
+    """The learning curves that are accuracies, as metrics.csv names them."""
+    probe = "val" if config["data"]["val_fraction"] else "train_probe"
+    return [f"{probe}/clean", f"{probe}/pgd{config['validation']['steps']}"]
+
+
 def define_curves(run: Any, config: Mapping[str, Any]) -> None:
     """Everything over ``epoch``; the summary keeps the best and the last accuracy, and the last loss."""
     run.define_metric("epoch", hidden=True)
     run.define_metric("*", step_metric="epoch")
     run.define_metric("train/loss", step_metric="epoch", summary="last")  # "train/*" and "*" would race for it
-    probe = "val" if config["data"]["val_fraction"] else "train_probe"
-    for accuracy in ("clean", f"pgd{config['validation']['steps']}"):
-        run.define_metric(f"{probe}/{accuracy}", step_metric="epoch", summary="max,last")
+    for name in accuracies(config):
+        run.define_metric(name, step_metric="epoch", summary="max,last")
 
 
 def mode(offline: bool | None) -> Any:
