@@ -317,9 +317,12 @@ def test_a_server_that_refuses_is_a_warning_and_offline(
         return init(mode=mode, **keys)
 
     monkeypatch.setattr(wandb, "init", refuse)
-    config = {"axes": {"defense": "fsr", "base": "at", "model": "m" * 80, "data": "digits"}, "seed": 3}
+    axes = {"defense": "fsr", "base": "at", "model": "m" * 80, "data": "digits"}
+    config = {"axes": axes, "seed": 3, "api_key": "k"}
     with wandb_run.open_run(tmp_path / "fsr-at-m-digits-s3-0123456789", config) as run:
         assert run.settings.mode == "offline"
+        assert run.settings.program == "redoubt"
+        assert run.config["api_key"] == "<redacted>"
         assert max(map(len, run.tags)) == 64
     assert [r.getMessage() for r in caplog.records if r.name == "redoubt"] == ["W&B: no route; going on offline"]
 

@@ -23,7 +23,8 @@ def wandb(
 ) -> None:
     """A W&B workspace for each data set of the store and one report of all, compared by defense.
 
-    They are saved where somebody is logged in. Else their specifications are written, and what to do is printed.
+    They are saved where somebody is logged in, anew each time. Else, and where the server refuses, their
+    specifications are written. What else is to do is printed.
 
     Args:
         outputs: The folder that holds runs/.
@@ -32,7 +33,7 @@ def wandb(
         to: Folder of the specifications; ``<outputs>/wandb`` where None.
 
     Raises:
-        UserError: No store, an extra that is not installed, or a server that refuses.
+        UserError: No store, or an extra that is not installed.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError("report wandb needs an extra: pip install 'redoubt[wandb]'")
@@ -111,8 +112,10 @@ def _what_to_do(runs: Sequence[Record], outputs: str) -> list[str]:
     folders = [f for run in runs for f in sorted((run.run.folder / "wandb").glob("offline-run-*"))]
     unsent = [f for f in folders if not list(f.glob("*.synced"))]
     if unsent:
-        lines.append("Offline runs to send, in this order:")
-        lines.append("  wandb sync " + " \\\n    ".join(shlex.quote(str(f)) for f in unsent))
+        lines.append("Offline runs to send (without the two words before it, `wandb sync` sends this machine's name):")
+        lines.append(
+            "  WANDB_HOST=- WANDB_PROGRAM=redoubt wandb sync " + " \\\n    ".join(shlex.quote(str(f)) for f in unsent)
+        )
     without = [run for run in runs if not list((run.run.folder / "wandb").glob("*run-*"))]
     if without:
         lines.append(f"{len(without)} of {len(runs)} runs are not in W&B; their curves and results get there by")

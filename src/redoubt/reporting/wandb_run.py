@@ -124,6 +124,7 @@ def settings() -> Any:
         disable_job_creation=True,
         finish_timeout=WAIT,
         host="",
+        program="redoubt",
         init_timeout=WAIT,
         save_code=False,
         silent=True,
