@@ -113,9 +113,8 @@ def _what_to_do(runs: Sequence[Record], outputs: str) -> list[str]:
     unsent = [f for f in folders if not list(f.glob("*.synced"))]
     if unsent:
         lines.append("Offline runs to send (without the two words before it, `wandb sync` sends this machine's name):")
-        lines.append(
-            "  WANDB_HOST=- WANDB_PROGRAM=redoubt wandb sync " + " \\\n    ".join(shlex.quote(str(f)) for f in unsent)
-        )
+        paths = " \\\n    ".join(shlex.quote(str(f)) for f in unsent)
+        lines.append(f"  WANDB_HOST=- WANDB_PROGRAM=redoubt wandb sync {paths}")
     without = [run for run in runs if not list((run.run.folder / "wandb").glob("*run-*"))]
     if without:
         lines.append(f"{len(without)} of {len(runs)} runs are not in W&B; their curves and results get there by")
@@ -124,10 +123,11 @@ def _what_to_do(runs: Sequence[Record], outputs: str) -> list[str]:
 
 
 def _again(run: Record, outputs: str) -> str:
-    """The words of an evaluation that the store has: the newest one."""
+    """The words of an evaluation that the store has, the newest one; where it has none, of natural accuracy."""
     words = [f"run={run.name}", *([] if outputs == "outputs" else [f"paths.outputs={outputs}"])]
-    if run.evaluations:
-        newest = run.evaluations[0]
-        limit = newest.settings.get("limit_test")
-        words += [f"attack={newest.attack}", *([] if limit is None else [f"data.limit_test={limit}"])]
+    if not run.evaluations:
+        return shlex.join([*words, "attack=none"])
+    newest = run.evaluations[0]
+    limit = newest.settings.get("limit_test")
+    words += [f"attack={newest.attack}", *([] if limit is None else [f"data.limit_test={limit}"])]
     return shlex.join(words)
