@@ -284,6 +284,8 @@ def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str], own_su
             raise UserError(f"{key} is the run's own and cannot be changed for an evaluation: leave it out")
     for key in ("trainer", "evaluation", "paths"):
         OmegaConf.update(merged, key, {**merged[key], **cfg[key]}, merge=False)
+    if any(key.split(".")[0] == "logger" for key in said):
+        OmegaConf.update(merged, "logger", cfg.logger, merge=False)
     merged.trainer.precision = stored["trainer"]["precision"]
     for key in sorted(said):
         if key.startswith(("data.", "threat.")):

@@ -14,17 +14,19 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from redoubt.build import build_module, make
+from redoubt.build import build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.record import Source, evaluate
 from redoubt.nets import load_backbone
-from redoubt.runs.identity import identity, plain, redacted
+from redoubt.reporting.wandb_log import log_evaluation
+from redoubt.runs.identity import identity, plain
 from redoubt.runs.loading import is_exported, load, read_checkpoint, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name, reason
 from redoubt.training.distributed import ranks
+from redoubt.training.loggers import opened
 from redoubt.training.progress import ProgressBar
 from redoubt.training.recorder import Recorder, Stopped, strip
 from redoubt.training.trainer import accelerator, device_name, make_trainer
@@ -95,11 +97,10 @@ def _fit(cfg: DictConfig, data: ImageData, run: Run | None, module: RobustModule
         clean, robust = "val/clean", f"val/pgd{cfg.validation.steps}"
         best = (clean,) if cfg.axes.base == "standard" else (robust, clean)
     recorder = Recorder(run, every=cfg.trainer.checkpoint_every, best=best)
-    loggers = []
-    if run is not None and cfg.logger.get("_target_") and ranks()[0] == 0:
-        more = {"folder": run.folder, "name": run.name, "config": redacted(plain(cfg))}
-        loggers.append(make(plain(cfg.logger), "logger", **more))
-    with tempfile.TemporaryDirectory() if run is None else nullcontext(run.folder) as folder:
+    with (
+        tempfile.TemporaryDirectory() if run is None else nullcontext(run.folder) as folder,
+        opened(cfg, run) as loggers,
+    ):
         bar = ProgressBar(enabled=bool(cfg.trainer.progress), title=cfg.axes.defense + "+" + cfg.axes.base)
         trainer = make_trainer(cfg, Path(folder), [bar, recorder], loggers)
         resume = None
@@ -116,12 +117,6 @@ def _fit(cfg: DictConfig, data: ImageData, run: Run | None, module: RobustModule
             if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
                 raise KeyboardInterrupt from ended
             raise
-        finally:
-            for logger in loggers:
-                logger.finalize("success")
-                close = getattr(logger.experiment, "finish", None)
-                if close is not None:
-                    close()
     if run is not None:
         expected = data.steps_per_epoch(ranks()[1]) * int(cfg.trainer.max_epochs)
         if module.steps_done != expected:
@@ -146,7 +141,7 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
         "weights": weights,
         "train_seconds": run.status.get("train_seconds"),
     }
-    return evaluate(
+    results = evaluate(
         module,
         data,
         plain(cfg),
@@ -156,6 +151,9 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
         source=lambda: transfer_source(cfg, data),
         device=device,
     )
+    if ranks()[0] == 0:
+        log_evaluation(cfg, run, results)
+    return results
 
 
 def transfer_source(cfg: DictConfig, data: ImageData, wanted: str | None = None, key: str = "attack.source") -> Source:

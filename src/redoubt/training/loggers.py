@@ -1,13 +1,38 @@
-"""Loggers beside metrics.csv: each optional, none ever asks or waits."""
+"""Loggers beside metrics.csv: each optional, none ever asks, waits for long or ends a training."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig
+
+from redoubt.build import make
 from redoubt.errors import UserError
+from redoubt.reporting.wandb_run import define_curves, open_run, warn
+from redoubt.runs.identity import plain, redacted
+from redoubt.runs.store import Run
+from redoubt.training.distributed import ranks
+
+
+@contextmanager
+def opened(cfg: DictConfig, run: Run | None) -> Iterator[list[Any]]:
+    """The Lightning loggers that the config asks for, on rank 0; they are closed however the body ends."""
+    if run is None or not cfg.logger.get("_target_") or ranks()[0] != 0:
+        yield []
+        return
+    more = {"folder": run.folder, "name": run.name, "config": redacted(plain(cfg))}
+    logger = make(plain(cfg.logger), "logger", **more)
+    ended = "failed"
+    try:
+        yield [logger]
+        ended = "success"
+    finally:
+        logger.finalize(ended)
 
 
 def _needs(package: str) -> None:
@@ -23,28 +48,49 @@ def tensorboard_logger(*, folder: Path, name: str, config: dict[str, Any]) -> An
     return TensorBoardLogger(save_dir=str(folder), name="", version="tensorboard")
 
 
+class Curves(WandbLogger):
+    """Learning curves over ``epoch``, counted from 1 as in metrics.csv.
+
+    Lightning's own would define every metric over its ``trainer/global_step``, which counts optimizers.
+    """
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One row for an epoch: the validation's metrics come first, then the training's. A failure is a warning."""
+        try:
+            epoch = int(metrics["epoch"]) + 1
+            self.experiment.log({**metrics, "epoch": epoch}, step=epoch, commit="lr" in metrics)
+        except Exception as error:
+            warn(error, "metrics.csv has the row")
+
+    def finalize(self, status: str) -> None:
+        """Ends the W&B run, so that the next job of the process begins one of its own; again does nothing."""
+        try:
+            self.experiment.finish(exit_code=0 if status == "success" else 1)
+        except Exception as error:
+            warn(error, "`wandb sync` can send what was written")
+
+
 def wandb_logger(
-    *, folder: Path, name: str, config: dict[str, Any], project: str = "redoubt", offline: bool | None = None
+    *,
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    project: str = "redoubt",
+    entity: str | None = None,
+    offline: bool | None = None,
+    checkpoint: bool = False,
 ) -> Any:
-    """A W&B run named like ours; offline unless an API key is set, without code or command line.
+    """The W&B run that stands for ours; see `redoubt.reporting.wandb_run.open_run`.
 
     Args:
-        folder: The run's folder; offline files go there.
+        folder: The run's folder; W&B's files go to ``wandb/`` in it.
         name: The run's name.
         config: Resolved config, free of secrets.
-        project: W&B's project.
-        offline: None: offline unless ``WANDB_API_KEY`` is set.
+        project, entity: Where to on the server.
+        offline: None: offline unless somebody is logged in or ``WANDB_MODE`` says otherwise.
+        checkpoint: Read by `redoubt.reporting.wandb_log`: the evaluated checkpoint becomes an artifact.
     """
     _needs("wandb")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_DISABLE_CODE", "true")
-    from lightning.pytorch.loggers import WandbLogger
-
-    if offline is None:
-        offline = not os.environ.get("WANDB_API_KEY")
-    logger = WandbLogger(
-        project=project, name=name, id=name.replace("/", "-"), save_dir=str(folder), offline=offline,
-        save_code=False, log_model=False, resume="allow" if not offline else None,
-    )  # fmt: skip
-    logger.experiment.config.update(config, allow_val_change=True)
-    return logger
+    run = open_run(folder, config, project=project, entity=entity, offline=offline)
+    define_curves(run, config)
+    return Curves(experiment=run, save_dir=folder)
