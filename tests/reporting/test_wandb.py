@@ -99,7 +99,7 @@ def with_examples(folder: Path, attack: str) -> np.ndarray:
     adversarial = clean.copy()
     adversarial[0, :, 0, 0], adversarial[0, :, 7, 7] = 110, 95
     np.savez(
-        folder / "examples.npz", index=[3, 5], label=[0, 1], clean=clean, classes=[f"digit {i}" for i in range(10)],
+        folder / "examples.npz", index=[3, 5], label=[0, 1], clean=clean,
         **{"clean/predicted": [0, 1], attack: adversarial, f"{attack}/predicted": [2, 1]},
     )  # fmt: skip
     return adversarial
@@ -217,8 +217,8 @@ def test_images_of_examples_and_the_checkpoint(store: Store) -> None:
     (row,) = again.history
     assert row["_step"] == 4
     assert row["eval/fgsm/examples/fgsm.captions"] == [
-        "#3 digit 0: digit 0, under fgsm digit 2; perturbation x12.7",
-        "#5 digit 1: digit 1, under fgsm digit 1; perturbation x127",
+        "#3, class 0: 0, under fgsm 2; perturbation x12.7",
+        "#5, class 1: 1, under fgsm 1; perturbation x127",
     ]
     from PIL import Image
 
@@ -229,7 +229,7 @@ def test_images_of_examples_and_the_checkpoint(store: Store) -> None:
     assert small[0, [0, 8, 16]].tolist() == [[100] * 3, [255] * 3, [110] * 3]
     assert small[7, [7, 15, 23]].tolist() == [[100] * 3, [64] * 3, [95] * 3]
     assert small[1, 9].tolist() == [128] * 3
-    assert again.table("eval/fgsm/classes")["data"][2][0] == "digit 2"
+    assert again.table("eval/fgsm/classes")["data"][2][0] == "2"
     (model,) = [a for a in again.artifacts if a["type"] == "model"]
     (file,) = model["manifest"]["contents"]
     assert Path(file["local_path"]) == store.records[0].run.last.resolve()

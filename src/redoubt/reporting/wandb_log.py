@@ -123,10 +123,9 @@ def media(evaluation: Evaluation) -> dict[str, Any]:
 
     suite = f"eval/{evaluation.attack}"
     examples = evaluation.examples()
-    classes = None if examples is None else [str(name) for name in examples["classes"]]
     found: dict[str, Any] = {
         f"{suite}/attacks": wandb.Table(**by_attack(evaluation)),
-        f"{suite}/classes": wandb.Table(**by_class(evaluation.verdicts(), classes)),
+        f"{suite}/classes": wandb.Table(**by_class(evaluation.verdicts())),
     }
     if examples is not None:
         for attack in (n for n in examples if f"{n}/predicted" in examples and n != "clean"):
@@ -142,19 +141,17 @@ def by_attack(evaluation: Evaluation) -> dict[str, Any]:
     return {"columns": ["attack", "accuracy", "low", "high", "n"], "data": rows}
 
 
-def by_class(verdicts: Mapping[str, np.ndarray], classes: list[str] | None = None) -> dict[str, Any]:
+def by_class(verdicts: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Columns and rows: each class's accuracy under each attack.
 
     Args:
         verdicts: ``label`` int64 [N] and, by attack, which examples stayed right, bool [N].
-        classes: Names of the classes; their numbers where None.
     """
     attacks = [name for name in verdicts if name not in ("index", "label")]
     rows = []
     for label in np.unique(verdicts["label"]):
         of_it = verdicts["label"] == label
-        name = str(label) if classes is None else classes[label]
-        rows.append([name, int(of_it.sum()), *(float(verdicts[a][of_it].mean()) for a in attacks)])
+        rows.append([str(label), int(of_it.sum()), *(float(verdicts[a][of_it].mean()) for a in attacks)])
     return {"columns": ["class", "n", *attacks], "data": rows}
 
 
@@ -164,7 +161,6 @@ def pictures(examples: Mapping[str, np.ndarray], attack: str) -> Iterator[tuple[
     Yields:
         uint8 [H', 3 W', 3], enlarged where the images are small, and the caption.
     """
-    names = examples["classes"]
     for i, label in enumerate(examples["label"]):
         clean, adversarial = examples["clean"][i], examples[attack][i]
         difference = adversarial.astype(np.float64) - clean
@@ -172,9 +168,8 @@ def pictures(examples: Mapping[str, np.ndarray], attack: str) -> Iterator[tuple[
         amplified = (128 + factor * difference).astype(np.uint8)
         strip = np.concatenate([clean, amplified, adversarial], axis=2).transpose(1, 2, 0)
         times = -(-SIDE // clean.shape[1]) if clean.shape[1] < SIDE else 1
-        said = (examples[f"{which}/predicted"][i] for which in ("clean", attack))
-        before, after = (names[s] for s in said)
-        text = f"#{examples['index'][i]} {names[label]}: {before}, under {attack} {after}; perturbation x{factor:.3g}"
+        before, after = (examples[f"{which}/predicted"][i] for which in ("clean", attack))
+        text = f"#{examples['index'][i]}, class {label}: {before}, under {attack} {after}; perturbation x{factor:.3g}"
         yield strip.repeat(times, axis=0).repeat(times, axis=1), text
 
 
