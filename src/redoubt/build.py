@@ -41,7 +41,7 @@ def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
     """
     arguments = {**section, **more}
     target = arguments.pop("_target_")
-    found = locate(str(target), key)
+    found = locate(target, key)
     try:
         return found(**arguments)
     except UserError as error:
@@ -51,11 +51,14 @@ def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
         raise UserError(f"{key}: {target} does not take these arguments: {error}") from error
 
 
-def locate(target: str, key: str) -> Any:
-    """The allowed class or function of a dotted name.
+def locate(target: Any, key: str) -> Any:
+    """The allowed class or function of a dotted name; a class, which only code can give, is itself.
 
     Its own home must be allowed too: modules hold names of others, ``os`` among them.
     """
+    if inspect.isclass(target):
+        return target
+    target = str(target)
     allowed = (*ALLOWED, *_allowed_by_user())
     refusal = UserError(
         f"{key}: {target!r} is not allowed: add its package to a file redoubt.allow in your --config-dir"
@@ -90,16 +93,20 @@ def build_data(cfg: DictConfig) -> ImageData:
     return make(_plain(cfg.data), "data")
 
 
-def build_module(cfg: DictConfig) -> RobustModule:
+def build_module(cfg: DictConfig, defense: type[RobustModule] | None = None) -> RobustModule:
     """The module of a composed config, with fresh weights drawn from its seed; trains nothing.
 
     Args:
         cfg: As composed; resolved or not.
+        defense: In place of ``defense._target_``: a class that is still being written, as in a notebook. The other
+            keys of ``defense`` are its arguments.
 
     Raises:
         UserError: A value out of range, or a base that the defense is not defined with.
     """
     tree = _plain(config.resolve(cfg))
+    if defense is not None:
+        tree["defense"]["_target_"] = defense
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(tree["seed"])
         return _module(tree)

@@ -16,6 +16,10 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback, so that a notebook too has one line."""
+        return [f"redoubt: {self}"]
+
 
 class CheckFailed(UserError):
     """A check that was asked for has failed: the command line ends with exit code 3."""

@@ -53,6 +53,13 @@ def numbers(seed=0):
     return Draws(seed, "attack", 0, torch.device("cpu"))
 
 
+def test_draws_without_arguments_are_of_seed_0_on_the_cpu():
+    x, y = batch()
+    attack = WhiteBox(eps=EPS, steps=1, start="uniform")
+    assert torch.equal(attack(NET, x, y, Draws()), attack(NET, x, y, numbers()))
+    assert not torch.equal(attack(NET, x, y, Draws()), attack(NET, x, y, Draws(seed=1)))
+
+
 SUITE = {
     "fgsm": ({"steps": 1, "step": 1.0}, lambda z, y: F.cross_entropy(z, y, reduction="sum"), EPS, 1),
     "pgd20": ({"steps": 20, "step": 0.1}, lambda z, y: F.cross_entropy(z, y, reduction="sum"), EPS / 10, 20),

@@ -1,6 +1,7 @@
 """Attacks: PGD knows only a loss of x; those of an evaluation know logits and labels. None knows Lightning or a run."""
 
 from redoubt.attacks.base import Attack as Attack
+from redoubt.attacks.base import Draws as Draws
 from redoubt.attacks.libraries import AutoAttack as AutoAttack
 from redoubt.attacks.libraries import Foolbox as Foolbox
 from redoubt.attacks.libraries import TorchAttacks as TorchAttacks

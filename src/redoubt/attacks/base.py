@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ class Draws:
         seed: ``evaluation.seed``.
         attack: The attack's name in its suite.
         chunk: Number of the chunk.
-        device: Where numbers are drawn.
+        device: Where numbers are drawn: that of the images.
     """
 
-    seed: int
-    attack: str
-    chunk: int
-    device: torch.device
+    seed: int = 0
+    attack: str = "attack"
+    chunk: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def generator(self, restart: int = 0) -> torch.Generator:
         """A fresh generator of one restart."""
