@@ -106,7 +106,7 @@ def _audit(record: Record) -> list[Panel]:
         rows = read_rows(folder / f"accuracy_over_{x}.csv")
         points = [(float(row[x]), float(row["accuracy"])) for row in rows]
         log = spans_decades([p[0] for p in points])
-        title = f"Accuracy over {x}, {report['n']} images"
+        title = f"Accuracy over {x}, {report['n']} images{' (dashed: the threat model)' if mark else ''}"
         found.append(Panel(x, title, x, "accuracy", {"accuracy": points}, percent=True, log=log, mark=mark))
     return found
 

@@ -71,10 +71,10 @@ function columns(protocol) {
     text("name", "run", (runs) => cell("", runs[0].name)),
     ...AXES.map((axis) => text(axis, axis, (runs) => axisCell(runs, axis))),
     ...(RUNS.some((r) => r.sweep) ? [text("sweep", "sweep", (runs) => axisCell(runs, "sweep"))] : []),
-    text("state", "state", stateCell),
     ...metricsUnder(protocol).map((m) => number(m, metricTitle(m), (runs) => metricCell(runs, m, protocol))),
     ...nrr.map((name) => number(`nrr ${name}`, `NRR (${metricTitle(name)})`, (runs) => nrrCell(runs, name, protocol))),
     text("audit", "audit", (runs) => auditCell(runs, protocol)),
+    text("state", "state", stateCell),
     number("train", "training, h:mm:ss", (runs) => timeCell(runs, (r) => r.train_seconds)),
     number("attack", "attacks, h:mm:ss", (runs) => timeCell(runs, (r) => evaluationsOf(r, protocol)[0]?.seconds)),
   ];
