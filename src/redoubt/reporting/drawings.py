@@ -18,7 +18,7 @@ from redoubt.reporting.series import Panel
 COLOURS = ("#0072b2", "#d55e00", "#00795a", "#b1508a", "#a06c00", "#4b4bb5", "#555c66")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "p")
-#: mean, standard deviation of natural and robust accuracy in [0, 1].
+#: Mean and standard deviation of an accuracy in [0, 1].
 Spread = tuple[float, float | None]
 
 
@@ -30,7 +30,7 @@ def blank(rows: int, columns: int, *, width: float = 4.2, height: float = 3.2) -
 
 
 def lines(panels: Sequence[Panel]) -> Figure:
-    """The panels side by side, with one legend where they have the same lines."""
+    """The panels side by side, with the last one's lines as the legend of all."""
     figure, all_axes = blank(1, len(panels))
     for panel, axes in zip(panels, all_axes, strict=True):
         factor = 100 if panel.percent else 1
@@ -46,16 +46,17 @@ def lines(panels: Sequence[Panel]) -> Figure:
         axes.set_title(panel.title, fontsize=9)
         axes.grid(alpha=0.3)
         if len(panel.series) > 1 and panel is panels[-1]:
-            axes.legend(frameon=False, fontsize=7, ncols=1 + len(panel.series) // 12)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     return figure
 
 
-def scatter(points: Mapping[tuple[str, str, str], tuple[Spread, Spread]], *, x: str, y: str) -> Figure:
+def scatter(points: Mapping[tuple[str, str, int], tuple[Spread, Spread]], *, x: str, y: str, title: str) -> Figure:
     """Natural and robust accuracy: colours are defenses, markers are bases, bars are standard deviations over seeds.
 
     Args:
-        points: By (defense, base, further name).
+        points: By (defense, base, number).
         x: Name of the natural accuracy; y: of the robust one.
+        title: Of the figure.
     """
     figure, [axes] = blank(1, 1, width=4.8, height=3.6)
     defenses, bases = (sorted({key[i] for key in points}) for i in (0, 1))
@@ -68,6 +69,7 @@ def scatter(points: Mapping[tuple[str, str, str], tuple[Spread, Spread]], *, x: 
         )  # fmt: skip
         labelled.add((defense, base))
     axes.set(xlabel=f"{x} in %", ylabel=f"{y} in %")
+    axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure

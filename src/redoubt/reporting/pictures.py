@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,7 @@ def pictures(record: Record) -> Pictures | None:
 def _examples(evaluation: Evaluation) -> Pictures | None:
     try:
         found = evaluation.examples()
-    except (OSError, ValueError):  # a damaged file is no file
+    except (OSError, ValueError, zipfile.BadZipFile):  # a damaged file is no file
         found = None
     if found is None or "clean" not in found:
         return None

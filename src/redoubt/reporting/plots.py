@@ -108,6 +108,8 @@ def _choice(found: list[Record], names: set[str] | None, metric: str | None, sui
 def _save(figure: Figure, stem: Path) -> None:
     import matplotlib
 
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what it has laid out is laid out for both files
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # journals refuse Type 3 fonts
         for ending in ("png", "pdf"):
             path = stem.with_name(f"{stem.name}.{ending}")
@@ -119,13 +121,23 @@ def _save(figure: Figure, stem: Path) -> None:
 def _scatter(choice: Choice) -> Named:
     from redoubt.reporting import drawings
 
-    points = {}
-    for i, runs in enumerate(groups.by_seed(choice.records)):
-        found = [choice.spread(runs, m) for m in ("natural", choice.metric) if m]
-        if len(found) == 2 and found[0] is not None and found[1] is not None:
-            points[runs[0].axes["defense"], runs[0].axes["base"], str(i)] = (found[0], found[1])
-    if points and choice.metric:
-        yield "scatter", drawings.scatter(points, x=title("natural"), y=title(choice.metric))
+    for cell, records in _cells(choice).items():
+        points = {}
+        for i, runs in enumerate(groups.by_seed(records)):
+            found = [choice.spread(runs, m) for m in ("natural", choice.metric) if m]
+            if len(found) == 2 and found[0] is not None and found[1] is not None:
+                points[runs[0].axes["defense"], runs[0].axes["base"], i] = (found[0], found[1])
+        if points and choice.metric:
+            names = {"x": title("natural"), "y": title(choice.metric)}
+            yield f"scatter-{cell}", drawings.scatter(points, **names, title=cell)
+
+
+def _cells(choice: Choice) -> dict[str, list[Record]]:
+    """The runs by model and data set: only within one are accuracies compared."""
+    cells: dict[str, list[Record]] = {}
+    for record in choice.records:
+        cells.setdefault(f"{record.axes['model']}-{record.axes['data']}", []).append(record)
+    return cells
 
 
 def _compared(name: str) -> Callable[[Choice], Named]:
@@ -134,10 +146,7 @@ def _compared(name: str) -> Callable[[Choice], Named]:
     def figures(choice: Choice) -> Named:
         from redoubt.reporting import drawings
 
-        cells: dict[str, list[Record]] = {}
-        for record in choice.records:
-            cells.setdefault(f"{record.axes['model']}-{record.axes['data']}", []).append(record)
-        for cell, runs in cells.items():
+        for cell, runs in _cells(choice).items():
             found = _pivoted({r.name: [p for p in panels(r) if p.figure == name] for r in runs}, groups.labels(runs))
             if found:
                 yield f"{name}-{cell}", drawings.lines(found)
