@@ -17,7 +17,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
 )  # fmt: skip
 #: WebDriver's names of keys.
-TAB, ENTER, SPACE, RIGHT, END = "\ue004", "\ue007", " ", "\ue014", "\ue010"
+TAB, ENTER, SPACE, RIGHT = "\ue004", "\ue007", " ", "\ue014"
 
 
 class Browser:
@@ -62,7 +62,11 @@ class Browser:
     def choose(self, selector: str, value: str) -> None:
         """An option of a select, as a user's choice."""
         script = "const s = document.querySelector(arguments[0]); s.value = arguments[1];"
-        self.run(script + "for (const e of ['input', 'change']) s.dispatchEvent(new Event(e, {bubbles: true}))", selector, value)
+        self.run(
+            script + "for (const e of ['input', 'change']) s.dispatchEvent(new Event(e, {bubbles: true}))",
+            selector,
+            value,
+        )
 
     def texts(self, selector: str) -> list[str]:
         return self.run("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.reporting.stores import CONFIG, add_audit, add_evaluation, add_run, config, curve, nested
 
 from redoubt.reporting.page import html
-from tests.reporting.stores import CONFIG, add_audit, add_evaluation, add_run, config, curve, nested
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,9 @@ def hundred(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for i in range(100):
         axes = {**CONFIG["axes"], "defense": ("none", "fsr", "afd", "cure")[i % 4]}
-        tree = config(seed=i // 20, axes=axes, defense={"_target_": axes["defense"]}, optimizer__lr=0.1 * (1 + i // 4 % 5))
+        tree = config(
+            seed=i // 20, axes=axes, defense={"_target_": axes["defense"]}, optimizer__lr=0.1 * (1 + i // 4 % 5)
+        )
         folder = add_run(outputs, tree, f"{i:010x}", curve(200, defense=axes["defense"]))
         add_evaluation(folder, nested(rng, 10_000))
         add_audit(folder, ["restarts"] if i % 3 == 0 else [])

@@ -40,7 +40,9 @@ def config(**changes: Any) -> dict[str, Any]:
     return tree
 
 
-def add_run(outputs: Path, tree: Mapping[str, Any], hash: str, rows: Sequence[Mapping[str, Any]] = (), **status: Any) -> Path:
+def add_run(
+    outputs: Path, tree: Mapping[str, Any], hash: str, rows: Sequence[Mapping[str, Any]] = (), **status: Any
+) -> Path:
     """A run's folder with config, status and metrics."""
     axes = tree["axes"]
     name = f"{axes['defense']}-{axes['base']}-{axes['model']}-{axes['data']}-s{tree['seed']}-{hash}"
@@ -88,11 +90,13 @@ def add_evaluation(
     path.mkdir(parents=True)
     index = np.arange(n) if index is None else index
     packed = io.BytesIO()
-    np.savez_compressed(packed, index=index, label=index % 10, **verdicts)
+    np.savez(packed, index=index, label=index % 10, **verdicts)
     (path / "verdicts.npz").write_bytes(packed.getvalue())
     if examples is not None:
         np.savez_compressed(path / "examples.npz", **examples)
-    settings = {"attack": attack or {"norm": "linf", "eps": eps, "attacks": {m: {} for m in verdicts if m != "natural"}}}
+    settings = {
+        "attack": attack or {"norm": "linf", "eps": eps, "attacks": {m: {} for m in verdicts if m != "natural"}}
+    }
     (path / "attack.json").write_text(json.dumps(settings))
     found = {
         "run": folder.name, "evaluation": path.name, "axes": {**tree["axes"], "attack": suite, "seed": tree["seed"]},

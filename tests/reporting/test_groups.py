@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.reporting.stores import CONFIG, add_evaluation, add_run, config, nested
 
 from redoubt.reporting import groups
 from redoubt.reporting.collect import Record, records
-from tests.reporting.stores import CONFIG, add_evaluation, add_run, config, nested
 
 
 def store(outputs: Path, *trees: dict) -> list[Record]:

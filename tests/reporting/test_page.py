@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.conftest import refused
+from tests.reporting.stores import CONFIG, add_audit, add_evaluation, add_run, config, curve, nested, some_examples
 
 from redoubt.reporting.page import as_block, html
 from redoubt.reporting.payload import thinned
 from redoubt.runs.identity import canonical, differences
-from tests.conftest import refused
-from tests.reporting.stores import CONFIG, add_audit, add_evaluation, add_run, config, curve, nested, some_examples
 
 HOSTILE = "</script><script>alert(1)</script><!-- & ' \" \u2028"
 

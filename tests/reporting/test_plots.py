@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.conftest import refused
+from tests.reporting.stores import CONFIG, add_audit, add_evaluation, add_run, config, curve, nested, some_examples
 
 from redoubt.reporting import drawings, plots
 from redoubt.reporting.collect import records
 from redoubt.reporting.pictures import pictures
 from redoubt.reporting.series import panels, updates
-from tests.conftest import refused
-from tests.reporting.stores import CONFIG, add_audit, add_evaluation, add_run, config, curve, nested, some_examples
 
 
 @pytest.fixture

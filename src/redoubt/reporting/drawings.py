@@ -101,7 +101,9 @@ def grid(
         title: Of the figure.
         limits: Of the colours, (low, high) in [0, 1]; those of the values by default.
     """
-    figure, [axes] = blank(1, 1, width=max(4.2, 0.62 * min(len(columns), 12) + 1.5), height=max(2.4, 0.24 * len(rows) + 1))
+    figure, [axes] = blank(
+        1, 1, width=max(4.2, 0.62 * min(len(columns), 12) + 1.5), height=max(2.4, 0.24 * len(rows) + 1)
+    )
     low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
     norm = Normalize(100 * low, 100 * high)
     shown = axes.imshow(100 * values, cmap="cividis", norm=norm, aspect="auto", interpolation="nearest")

@@ -154,8 +154,9 @@ def _slices(
 
 
 def labels(records: Sequence[Record]) -> dict[str, str]:
-    """A short name for each run, by its name: the axes in which the runs differ, then its hash where that is not all."""
-    varying = [axis for axis in ("defense", "base", "model", "data", "seed") if len({r.axes[axis] for r in records}) > 1]
+    """A short name for each run, by its name: the axes in which they differ, and its hash where that is not enough."""
+    axes = ("defense", "base", "model", "data", "seed")
+    varying = [axis for axis in axes if len({r.axes[axis] for r in records}) > 1]
     shown = {r.name: " ".join(_axis(axis, r.axes[axis]) for axis in varying) or r.run.readable for r in records}
     same = Counter(shown.values())
     return {r.name: f"{text} {r.run.hash}" if same[text] > 1 else text for r in records for text in [shown[r.name]]}
@@ -170,7 +171,7 @@ ROBUST = ("ensemble", "autoattack", "pgd20")
 
 
 def ordered(metrics: Iterable[str]) -> list[str]:
-    """Metrics in the order of the papers' columns: natural, FGSM, PGD by its steps, C&W, others, AutoAttack, Ensemble."""
+    """Metrics as papers order them: natural, FGSM, PGD by its steps, C&W, others, AutoAttack, Ensemble."""
     ends = {"natural": 0, "fgsm": 1, "cw": 3, "autoattack": 5, "ensemble": 6}
 
     def place(metric: str) -> tuple[int, int, str]:

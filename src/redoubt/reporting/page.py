@@ -19,8 +19,10 @@ from redoubt.units import as_number
 
 FILES = Path(__file__).parent / "page_files"
 #: In this order, as one script.
-SCRIPTS = ("data.js", "statistics.js", "dom.js", "axes.js", "charts.js", "table.js", "sweeps.js", "run.js", "compare.js",
-           "page.js")  # fmt: skip
+SCRIPTS = (
+    "data.js", "statistics.js", "dom.js", "axes.js", "charts.js", "table.js", "sweeps.js", "run.js", "compare.js",
+    "page.js",
+)  # fmt: skip
 
 
 def html(*, outputs: str = "outputs", to: str | None = None, limit_mb: float = 2) -> None:

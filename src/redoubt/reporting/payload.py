@@ -42,11 +42,7 @@ def payload(records: Sequence[Record], limit: int) -> dict[str, Any]:
         "robust": groups.ROBUST,
         "excluded": sorted(EXCLUDED),
         "runs": runs,
-        "sweeps": [
-            {"keys": s.keys, "cell": s.cell, "points": [{"at": at, "runs": [number[id(r)] for r in rs]} for at, rs in p]}
-            for s in groups.sweeps(records)
-            for p in [sorted(s.points.items())]
-        ],
+        "sweeps": [_sweep(s, number) for s in groups.sweeps(records)],
         "details": packed(json.dumps(_finite([_details(r) for r in records])).encode()),
         "clean": {},
         "left_out": {"verdicts": 0, "examples": 0},
@@ -188,10 +184,15 @@ def _details(record: Record) -> dict[str, Any]:
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
-    def short(points: Points) -> Points:
-        return [(x, y) for x, y in ((_short(x), _short(y)) for x, y in thinned(points, CURVE)) if None not in (x, y)]
+    def short(points: Points) -> list[list[float | None]]:
+        return [[_short(x), _short(y)] for x, y in thinned([p for p in points if math.isfinite(p[1])], CURVE)]
 
     return {**vars(panel), "series": {name: short(points) for name, points in panel.series.items()}}
+
+
+def _sweep(sweep: groups.Sweep, number: Mapping[int, int]) -> dict[str, Any]:
+    points = [{"at": at, "runs": [number[id(r)] for r in runs]} for at, runs in sorted(sweep.points.items())]
+    return {"keys": sweep.keys, "cell": sweep.cell, "points": points}
 
 
 def thinned(values: Sequence[Any], most: int) -> list[Any]:

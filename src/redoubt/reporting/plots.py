@@ -121,9 +121,9 @@ def _save(figure: Figure, stem: Path) -> None:
 def _scatter(choice: Choice) -> Named:
     from redoubt.reporting import drawings
 
-    for cell, records in _cells(choice).items():
+    for cell, of_cell in _cells(choice).items():
         points = {}
-        for i, runs in enumerate(groups.by_seed(records)):
+        for i, runs in enumerate(groups.by_seed(of_cell)):
             found = [choice.spread(runs, m) for m in ("natural", choice.metric) if m]
             if len(found) == 2 and found[0] is not None and found[1] is not None:
                 points[runs[0].axes["defense"], runs[0].axes["base"], i] = (found[0], found[1])

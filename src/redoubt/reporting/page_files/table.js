@@ -55,7 +55,7 @@ function auditCell(runs, protocol) {
   });
   const text = [...new Set(marks.map((m) => m ?? MISSING))].join(", ");
   const failed = [...new Set(runs.flatMap((run) => evaluationsOf(run, protocol).flatMap((e) => e.audit_failed)))];
-  return cell(text, text === MISSING ? null : text, failed.length ? `failed: ${failed.join(", ")}` : null);
+  return cell(text, text === MISSING ? null : text, null, failed.join(", ") || null);
 }
 
 function timeCell(runs, of) {
