@@ -54,11 +54,26 @@ def test_a_figure_is_png_and_pdf_with_truetype(filled: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.splitlines() == [str(png), str(pdf), f"1 figure as PNG and PDF in {to}"]
 
 
+def test_each_cell_s_scatter_has_its_own_protocol(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = add_run(filled, config(axes={**CONFIG["axes"], "data": "digits"}), "00000000aa")
+    found = nested(np.random.default_rng(1), 50, ["pgd20", "autoattack"])
+    add_evaluation(folder, found, suite="standard", eps=0.2)
+    drawn = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, stem: drawn.update({stem.name: figure.axes[0]}))
+    plots.plot(outputs=str(filled), figure="scatter")
+    assert {name: axes.get_ylabel() for name, axes in drawn.items()} == {
+        "scatter-resnet18-cifar10": "Ensemble in %",
+        "scatter-resnet18-digits": "AutoAttack in %",
+    }
+    [point] = drawn["scatter-resnet18-digits"].lines
+    np.testing.assert_allclose(point.get_xydata(), [[100 * found[m].mean() for m in ("natural", "autoattack")]])
+
+
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
         ({"figure": "scater"}, "figure=scater: no such figure: did you mean scatter"),
-        ({"metric": "pgd2"}, "metric=pgd2: not in fsr_suite"),
+        ({"metric": "pgd2"}, "metric=pgd2: no evaluation has it: did you mean pgd20"),
         ({"suite": "standart"}, "suite=standart: no run was evaluated by it"),
         ({"runs": "nobody"}, "run=nobody: no such run"),
         ({"figure": "gap", "runs": "0000000000"}, "figure=gap: no run has data for it"),

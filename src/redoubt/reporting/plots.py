@@ -26,26 +26,47 @@ Named = Iterator[tuple[str, "Figure"]]
 
 
 @dataclass(frozen=True)
+class Column:
+    """The accuracies of a figure: one metric under one protocol."""
+
+    protocol: groups.Protocol
+    metric: str
+
+    def spread(self, runs: Sequence[Record], metric: str | None = None) -> tuple[float, float | None] | None:
+        """Mean and standard deviation over those of the runs that have the metric."""
+        name = metric or self.metric
+        found = [e.accuracy(name) for e in (groups.chosen(r, self.protocol, name) for r in runs) if e is not None]
+        values = [v for v in found if v is not None]
+        return groups.mean_sd(values) if values else None
+
+
+@dataclass(frozen=True)
 class Choice:
     """What figures are made of.
 
     Args:
         records: The runs.
-        metric: The robust accuracy; None: the one that stands for robustness under the protocol.
-        protocol: Whose accuracies are taken; None where no run was evaluated.
+        metric: The robust accuracy; None: the one that stands for robustness under a figure's protocol.
+        protocols: Those whose accuracies may be taken.
     """
 
     records: list[Record]
     metric: str | None
-    protocol: groups.Protocol | None
+    protocols: set[groups.Protocol]
 
-    def spread(self, runs: Sequence[Record], metric: str) -> tuple[float, float | None] | None:
-        """Mean and standard deviation over those of the runs that have the metric."""
-        if self.protocol is None:
+    def column(self, runs: Sequence[Record]) -> Column | None:
+        """Of some runs: under the protocol that most of them have. None where they have none."""
+        protocol = next((p for p in groups.protocols(runs) if p in self.protocols), None)
+        if protocol is None:
             return None
-        found = [e.accuracy(metric) for e in (groups.chosen(r, self.protocol, metric) for r in runs) if e is not None]
-        values = [v for v in found if v is not None]
-        return groups.mean_sd(values) if values else None
+        metrics = _metrics(runs, {protocol})
+        metric = self.metric or groups.robust(metrics)
+        return Column(protocol, metric) if metric in metrics else None
+
+
+def _metrics(runs: Sequence[Record], under: set[groups.Protocol]) -> list[str]:
+    evaluations = (e for r in runs for e in r.evaluations if groups.protocol(e) in under)
+    return groups.ordered(m for e in evaluations for m in e.results["metrics"])
 
 
 def plot(
@@ -94,15 +115,14 @@ def _names(runs: str | list[str] | None, outputs: str) -> set[str] | None:
 def _choice(found: list[Record], names: set[str] | None, metric: str | None, suite: str | None) -> Choice:
     chosen = [r for r in found if names is None or r.name in names]
     protocols = groups.protocols(chosen)
-    suites = dict.fromkeys(name for p, label in protocols.items() for name in (p.suite, label))
-    if suite is not None and suite not in suites:
+    taken = {p for p, label in protocols.items() if suite in (None, p.suite, label)}
+    if suite is not None and not taken:
+        suites = {name for p, label in protocols.items() for name in (p.suite, label)}
         raise UserError(f"suite={suite}: no run was evaluated by it{did_you_mean(suite, suites)}")
-    protocol = next((p for p, label in protocols.items() if suite in (None, p.suite, label)), None)
-    evaluations = [e for r in chosen for e in r.evaluations if groups.protocol(e) == protocol]
-    metrics = groups.ordered(m for e in evaluations for m in e.results["metrics"])
+    metrics = _metrics(chosen, taken)
     if metric is not None and metric not in metrics:
-        raise UserError(f"metric={metric}: not in {protocols.get(protocol)}{did_you_mean(metric, metrics)}")  # type: ignore[arg-type]
-    return Choice(chosen, metric or groups.robust(metrics), protocol)
+        raise UserError(f"metric={metric}: no evaluation has it{did_you_mean(metric, metrics)}")
+    return Choice(chosen, metric, taken)
 
 
 def _save(figure: Figure, stem: Path) -> None:
@@ -122,14 +142,15 @@ def _scatter(choice: Choice) -> Named:
     from redoubt.reporting import drawings
 
     for cell, of_cell in _cells(choice).items():
+        column = choice.column(of_cell)
         points = {}
-        for i, runs in enumerate(groups.by_seed(of_cell)):
-            found = [choice.spread(runs, m) for m in ("natural", choice.metric) if m]
-            if len(found) == 2 and found[0] is not None and found[1] is not None:
-                points[runs[0].axes["defense"], runs[0].axes["base"], i] = (found[0], found[1])
-        if points and choice.metric:
-            names = {"x": title("natural"), "y": title(choice.metric)}
-            yield f"scatter-{cell}", drawings.scatter(points, **names, title=cell)
+        for i, runs in enumerate(groups.by_seed(of_cell) if column else ()):
+            natural, robust = column.spread(runs, "natural"), column.spread(runs)  # type: ignore[union-attr]
+            if natural and robust:
+                points[runs[0].axes["defense"], runs[0].axes["base"], i] = (natural, robust)
+        if points and column:
+            names = {"x": title("natural"), "y": title(column.metric)}
+            yield f"scatter-{cell}", drawings.scatter(points, **names, title=f"{cell}, {column.protocol.label}")
 
 
 def _cells(choice: Choice) -> dict[str, list[Record]]:
@@ -191,24 +212,25 @@ def _updates(choice: Choice) -> Named:
 def _sweep(choice: Choice) -> Named:
     from redoubt.reporting import drawings
 
-    if choice.metric is None:
-        return
     for number, sweep in enumerate(groups.sweeps(choice.records)):
-        spreads = {at: choice.spread(runs, choice.metric) for at, runs in sorted(sweep.points.items())}
+        column = choice.column([r for runs in sweep.points.values() for r in runs])
+        if column is None:
+            continue
+        spreads = {at: column.spread(runs) for at, runs in sorted(sweep.points.items())}
         there = {at: s for at, s in spreads.items() if s is not None}
         cell = "{defense} + {base}, {model}, {data}".format(**sweep.cell)
         keys = [key.split(" = ")[0] for key in sweep.keys]
         stem = "-".join(["sweep", *keys, str(number)])
         if len(keys) == 1 and len(there) > 1:
             x = [at[0] for at in there]
-            texts = {"key": keys[0], "metric": title(choice.metric), "title": cell}
+            texts = {"key": keys[0], "metric": title(column.metric), "title": cell}
             yield stem, drawings.curve(x, list(there.values()), **texts, log=spans_decades(x))
         elif there and len(keys) == 2:
             rows, columns = (sorted({at[i] for at in there}, reverse=i == 0) for i in (0, 1))
             means = {at: mean for at, (mean, _) in there.items()}
             values = np.array([[means.get((r, c), np.nan) for c in columns] for r in rows])
             names = [[f"{v:g}" for v in axis] for axis in (rows, columns)]
-            heading = f"{title(choice.metric)}, {cell}"
+            heading = f"{title(column.metric)}, {cell}"
             yield stem, drawings.grid(values, *names, x=keys[1], y=keys[0], title=heading)
 
 

@@ -102,5 +102,5 @@ function explore(root, points, { reach = 30 } = {}) {
     else return;
     event.preventDefault();
   });
-  return [root, tip];
+  return el("div", { className: "plot" }, root, tip);
 }

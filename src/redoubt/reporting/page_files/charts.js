@@ -9,8 +9,9 @@ function legend(names, symbol) {
 /** Points {x, y, dx, dy, colour, shape, text, open}; dx and dy are standard deviations, in %. */
 function scatter(width, points, { xLabel, yLabel, colours, shapes }) {
   const height = Math.min(420, Math.max(280, width * 0.6)), area = [44, 24, width - 12, height - 42];
-  const x = scaleOf(points.map((p) => p.x), area[0] + 10, area[2] - 10, { pad: 0.05, about: width / 90 });
-  const y = scaleOf(points.map((p) => p.y), area[3] - 10, area[1] + 10, { pad: 0.05, about: 6 });
+  const ends = (of, sd) => points.flatMap((p) => [p[of] - p[sd], p[of] + p[sd]]);
+  const x = scaleOf(ends("x", "dx"), area[0] + 10, area[2] - 10, { pad: 0.05, about: width / 70 });
+  const y = scaleOf(ends("y", "dy"), area[3] - 10, area[1] + 10, { pad: 0.05, about: 6 });
   const root = frame({ width, height, area, x, y, xLabel, yLabel, name: `${yLabel} over ${xLabel}` });
   const places = points.map((p) => ({ ...p, x: x(p.x), y: y(p.y) }));
   points.forEach((p, i) => {
@@ -21,7 +22,7 @@ function scatter(width, points, { xLabel, yLabel, colours, shapes }) {
   });
   const dot = (i) => marker(13, 6, 0, { fill: colour(i) });
   const shape = (i) => marker(13, 6, i, { fill: "none", stroke: "var(--muted)", "stroke-width": 1.5 });
-  return [legend(colours, dot), legend(shapes, shape), ...explore(root, places)];
+  return [legend(colours, dot), legend(shapes, shape), explore(root, places)];
 }
 
 /** Series of points [x, y, sd?] by name; `percent`: y is an accuracy in [0, 1]. */
@@ -46,7 +47,7 @@ function lines(width, series, { xLabel, yLabel, percent: share, log, mark, full 
     }
   });
   const symbol = (i) => svg("line", { x1: 0, x2: 26, y1: 6, y2: 6, stroke: colour(i), "stroke-width": 2.5, "stroke-dasharray": dash(i) });
-  return [names.length > 1 ? legend(names, symbol) : "", ...explore(root, places)];
+  return [names.length > 1 ? legend(names, symbol) : "", explore(root, places)];
 }
 
 const CIVIDIS = [[0, 34, 78], [66, 78, 108], [125, 124, 120], [188, 174, 108], [254, 232, 56]];
@@ -80,5 +81,5 @@ function heatMap(width, { rows, columns, values, xLabel, yLabel, show, range }) 
     });
   });
   const bar = el("div", { className: "legend" }, el("span", {}, show(low)), el("span", { className: "bar" }), el("span", {}, show(high)));
-  return [bar, ...explore(root, places, { reach: Math.max(w, h) })];
+  return [bar, explore(root, places, { reach: Math.max(w, h) })];
 }

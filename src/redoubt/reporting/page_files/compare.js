@@ -28,23 +28,24 @@ function pairs(a, b) {
 }
 
 async function tests(a, b) {
-  const rows = [];
-  for (const [x, y] of pairs(a, b)) {
-    const [left, right] = [await verdictsOf(x), await verdictsOf(y)];
-    for (const name of x.verdicts.names.filter((n) => n in right)) {
-      const { both, onlyFirst, onlySecond, neither } = twoByTwo(left[name], right[name]);
-      const difference = (onlyFirst - onlySecond) / x.n, p = mcnemar(onlyFirst, onlySecond);
-      rows.push([`${metricTitle(name)} (${DATA.protocols[x.protocol]})`, ...[x.n, both, onlyFirst, onlySecond, neither].map(String),
-        (difference > 0 ? "+" : "") + percent(difference), el("b", {}, p < 1e-4 ? p.toExponential(1) : p.toFixed(4))]);
-    }
+  const title = el("h3", { textContent: "McNemar's exact test on the same examples" }), found = pairs(a, b);
+  if (!found.length) {
+    const without = [a, b].some((r) => r.evaluations.some((e) => !e.verdicts));
+    const why = without ? "The verdicts of one of them are not on this page." : "They share no evaluation: same suite and settings, same test images.";
+    return [title, el("p", { className: "muted", textContent: why })];
   }
-  const title = el("h3", { textContent: "McNemar's exact test on the same examples" });
-  if (rows.length) {
-    const note = "p is two-sided and not corrected for the number of attacks; both runs under one protocol on the same test images.";
-    return [title, tableOf(["attack", "images", "both right", "only A", "only B", "neither", "A − B in points", "p"], rows, [1, 2, 3, 4, 5, 6, 7]),
-      el("p", { className: "muted small", textContent: note })];
-  }
-  const without = [a, b].some((r) => r.evaluations.some((e) => !e.verdicts));
-  const why = without ? "The verdicts of one of them are not on this page." : "They share no evaluation: same suite and settings, same test images.";
-  return [title, el("p", { className: "muted", textContent: why })];
+  const note = "p is two-sided and not corrected for the number of attacks.";
+  return [title, ...(await Promise.all(found.map(testsOf))).flat(), el("p", { className: "muted small", textContent: note })];
+}
+
+async function testsOf([x, y]) {
+  const [left, right] = [await verdictsOf(x), await verdictsOf(y)];
+  const rows = x.verdicts.names.filter((name) => name in right).map((name) => {
+    const { both, onlyFirst, onlySecond, neither } = twoByTwo(left[name], right[name]);
+    const difference = (onlyFirst - onlySecond) / x.n, p = mcnemar(onlyFirst, onlySecond);
+    return [metricTitle(name), ...[both, onlyFirst, onlySecond, neither].map(String), (difference > 0 ? "+" : "") + percent(difference),
+      el("b", {}, p < 1e-4 ? p.toExponential(1) : p.toFixed(4))];
+  });
+  return [el("h4", { textContent: `${DATA.protocols[x.protocol]}, ${x.n} images` }),
+    tableOf(["attack", "both right", "only A", "only B", "neither", "A − B in points", "p"], rows, [1, 2, 3, 4, 5, 6])];
 }
