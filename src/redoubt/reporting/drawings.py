@@ -45,7 +45,7 @@ def lines(panels: Sequence[Panel]) -> Figure:
         axes.set(xlabel=panel.x, ylabel=f"{panel.y} in %" if panel.percent else panel.y)
         axes.set_title(panel.title, fontsize=9)
         axes.grid(alpha=0.3)
-        if len(panel.series) > 1 and panel is panels[-1]:
+        if panel is panels[-1]:
             figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     return figure
 
