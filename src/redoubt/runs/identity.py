@@ -145,15 +145,16 @@ def identity(cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | N
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two canonical configs, sorted."""
-    left, right = _leaves(a, ""), _leaves(b, "")
+    left, right = leaves(a), leaves(b)
     return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
 
 
-def _leaves(value: Mapping[str, Any], prefix: str) -> dict[str, str]:
+def leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys and values of a canonical config, each value as JSON."""
     found: dict[str, str] = {}
     for key, item in value.items():
         if isinstance(item, Mapping):
-            found |= _leaves(item, f"{prefix}{key}.")
+            found |= leaves(item, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = json.dumps(item, sort_keys=True)  # as text, for 1.0 == True in Python
     return found
