@@ -62,7 +62,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     words = [
         "experiment=demo", "trainer=cpu", "trainer.progress=false", "trainer.max_epochs=2", "inner.steps=2",
-        "natural.trainer.max_epochs=2", "validation.every=2", "data.limit_train=256", "data.limit_test=40",
+        "natural.trainer.max_epochs=2", "data.limit_train=256", "data.probe=32", "data.limit_test=40",
         f"paths.outputs={folder / 'outputs'}",
     ]  # fmt: skip
     jobs.train(config.resolve(config.compose(words)), words)
