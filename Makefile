@@ -5,7 +5,6 @@
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 PY := .venv/bin/python
 export UV_PYTHON_DOWNLOADS := never
-export PYTHONDONTWRITEBYTECODE := 1
 unexport VIRTUAL_ENV
 
 help:  ## this list
@@ -32,8 +31,8 @@ test-all: setup  ## every test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 lint: setup  ## ruff and mypy
-	.venv/bin/ruff check src tests benchmarks
-	.venv/bin/ruff format --check src tests benchmarks
+	.venv/bin/ruff check src tests benchmarks notebooks
+	.venv/bin/ruff format --check src tests benchmarks notebooks
 	.venv/bin/mypy src
 
 bench: setup  ## the framework's own cost over a bare loop, the suite's beside torchattacks

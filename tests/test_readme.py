@@ -210,4 +210,4 @@ def test_a_package_of_ones_own_as_shown(shell: Shell, tmp_path: Path, monkeypatc
     assert run.readable == "mine-at-linear-mine-s0"
     (row,) = read_rows(run.metrics_file)
     assert float(row["train/pairing"]) > 0
-    assert shell("audit", f"run={run.name}", *AUDIT, "--config-dir", "my/conf", "trainer=cpu").code in (0, 3)
+    assert shell("audit", "--config-dir", "my/conf", f"run={run.name}", *AUDIT, "trainer=cpu").code in (0, 3)
