@@ -128,7 +128,7 @@ class GridSweeper(BasicSweeper):
                 seen |= set(cell)
 
 
-# Hydra's default is the sweeper named basic. A default that train.yaml chose instead could not be overridden by a sweep file.
+# Hydra's default sweeper is the one named basic. Another one, chosen in train.yaml, would win over a sweep file's.
 _DEFAULT = {"_target_": f"{__name__}.GridSweeper", "max_batch_size": None, "params": None}
 ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=_DEFAULT, provider="redoubt")
 

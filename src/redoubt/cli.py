@@ -89,6 +89,7 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     if {"-sc", "--shell-completion"} & set(arguments) and (text := completion(arguments)) is not None:
         print(text)
         return 0
+    config.search_path.clear()
     for i, argument in enumerate(arguments):
         if argument in ("--config-dir", "-cd") and i + 1 < len(arguments):
             config.search_path.append(os.path.abspath(arguments[i + 1]))

@@ -15,7 +15,8 @@ COMPOSING = ("train", "eval", "audit", "export")
 SCRIPT = r"""
 _redoubt() {
     local line="${COMP_LINE:0:$COMP_POINT}" words choices prefix word
-    local python='(^|/)python[0-9.]* ([^ ]*/)?(train|eval|audit|export)\.py ' ours='(^|/)redoubt (train|eval|audit|export) '
+    local python='(^|/)python[0-9.]* ([^ ]*/)?(train|eval|audit|export)\.py '
+    local ours='(^|/)redoubt (train|eval|audit|export) '
     read -r -a words <<< "$line"
     word="${line##* }"
     COMPREPLY=()

@@ -1,4 +1,7 @@
-"""The sweeper of ``hydra/sweeper=optuna``: the trials of a study in place of a product's cells."""
+"""The sweeper of ``hydra/sweeper=optuna``: the trials of a study in place of a product's cells.
+
+Hydra executes the files here once more, in the order of their names: this one must come after the one it imports.
+"""
 
 from __future__ import annotations
 
