@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from redoubt import sweeps
+from redoubt import launched, sweeps
 from redoubt.errors import UserError
 from redoubt.runs.identity import digest
 from redoubt.sweeps import Sweep, decides, judges
@@ -32,34 +34,90 @@ class GridSweeper(BasicSweeper):
     or on many that share ``paths.outputs``, two processes share the work.
     """
 
+    kind = "grid"
+
     def sweep(self, arguments: list[str]) -> Any:
         """Runs what is missing of the sweep."""
-        assert self.config is not None
-        assert self.launcher is not None
-        section = self.config.sweep
-        cells, evaluations = expand([f"{k}={v}" for k, v in self.params.items()] + arguments, section.cases or [""])
-        if section.evaluations is not None and evaluations == [[]]:
-            evaluations = [[str(word) for word in evaluation] for evaluation in section.evaluations]
-        sweep = Sweep(Path(self.config.paths.outputs) / "sweeps" / self.name(arguments))
+        sweep = self.open(arguments)
+        cells, evaluations = expand(self.words(arguments), self.section.cases or [""])
+        evaluations = self.judged(evaluations)
         keys = sweep.add(cells, evaluations)
-        sweeps.current[:] = [sweep]
+        sweeps.current[:] = [(sweep, keys)]
         words = dict(zip(keys, cells, strict=True))
         self.check(words.values())
-        first = evaluations[0]
-        more = [*first, f"sweep.name={sweep.name}", f"sweep.evaluations={_quoted(evaluations)}"]
-        common = set.intersection(*map(set, cells)) if len(cells) > 1 else set()
         tried: set[str] = set()
         returns: list[Any] = []
         while batch := [k for k in words if k not in tried and not sweep.done(k, evaluations) and not sweep.locked(k)]:
             if isinstance(self.launcher, BasicLauncher):
                 del batch[1:]  # the next one is chosen when this one is done: others may be at work
             for key in batch:
-                own = " ".join(w for w in words[key] if w not in common)
-                log.info("cell %d of %d: %s", list(words).index(key) + 1, len(words), own)
-            launched = self.launcher.launch([[*words[k], *more] for k in batch], initial_job_idx=len(tried))
-            returns += [job.return_value for job in launched]  # raises what a worker could not report itself
-            tried |= set(batch)
+                log.info("cell %d of %d: %s", list(words).index(key) + 1, len(words), " ".join(own(words[key], cells)))
+            begun, found = self.launch(sweep, {k: words[k] for k in batch}, evaluations, len(tried))
+            tried |= begun
+            returns += found
         return returns
+
+    @property
+    def section(self) -> Any:
+        """``sweep`` of the config."""
+        assert self.config is not None
+        return self.config.sweep
+
+    def words(self, arguments: Sequence[str]) -> list[str]:
+        """The sweep file's words, then the command line's, which win."""
+        return [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+
+    def judged(self, evaluations: list[list[str]]) -> list[list[str]]:
+        """The sweep file's evaluations where the words name none."""
+        if self.section.evaluations is None or evaluations != [[]]:
+            return evaluations
+        return [[str(word) for word in evaluation] for evaluation in self.section.evaluations]
+
+    def open(self, arguments: Sequence[str]) -> Sweep:
+        """The sweep's folder: ``sweep.name``, which a sweep file gives, or a hash of the command line.
+
+        Raises:
+            UserError: The name is no file name, or torchrun or srun started several of this process.
+        """
+        assert self.config is not None
+        if launched.several():
+            raise UserError(
+                "-m starts its own processes: start it once, without torchrun or srun, and give trainer.devices for "
+                "the processes of a cell"
+            )
+        name = self.section.name
+        if name is None:
+            name = f"{self.kind}-{digest({'arguments': sorted(filter(decides, arguments))})[:6]}"
+        if not re.fullmatch(r"\w[\w.+-]*", str(name)):
+            raise UserError(f"sweep.name={name} must be a file name of letters, digits and . _ + -")
+        return Sweep(Path(self.config.paths.outputs) / "sweeps" / str(name))
+
+    def launch(
+        self, sweep: Sweep, cells: Mapping[str, Sequence[str]], evaluations: Sequence[Sequence[str]], first: int
+    ) -> tuple[set[str], list[Any]]:
+        """Hands cells to the launcher.
+
+        Args:
+            sweep: Where they are noted.
+            cells: {key: words}.
+            evaluations: Of each of them.
+            first: Number of the first job.
+
+        Returns:
+            Keys of the cells that were begun, and what their jobs returned.
+        """
+        assert self.launcher is not None
+        more = [*evaluations[0], f"sweep.name={sweep.name}", f"sweep.evaluations={_quoted(evaluations)}"]
+        before = {key: sweep.record(key) for key in cells}
+        try:
+            jobs = self.launcher.launch([[*words, *more] for words in cells.values()], initial_job_idx=first)
+            return set(cells), [job.return_value for job in jobs]  # raises what a worker could not report itself
+        except Exception as error:  # a worker was killed, and the others with it
+            begun = {key for key in cells if sweep.record(key) != before[key]}
+            if not begun:
+                raise
+            log.warning("the launcher broke off (%s): its other cells are launched again", type(error).__name__)
+            return begun, []
 
     def check(self, cells: Iterable[Sequence[str]]) -> None:
         """Composes as many cells as show each word once, so that a misspelt one ends the sweep before it begins."""
@@ -69,12 +127,10 @@ class GridSweeper(BasicSweeper):
                 self.validate_batch_is_legal([cell])
                 seen |= set(cell)
 
-    def name(self, arguments: Sequence[str]) -> str:
-        """The sweep's folder: ``sweep.name``, or the sweep file's or ``grid`` with a hash of the command line."""
-        assert self.config is not None
-        if self.config.sweep.name is not None:
-            return str(self.config.sweep.name)
-        return f"grid-{digest({'arguments': sorted(filter(decides, arguments))})[:6]}"
+
+# Hydra's default sweeper is the one named basic. Another one, chosen in train.yaml, would win over a sweep file's.
+_DEFAULT = {"_target_": f"{__name__}.GridSweeper", "max_batch_size": None, "params": None}
+ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=_DEFAULT, provider="redoubt")
 
 
 def expand(arguments: Sequence[str], cases: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
@@ -84,19 +140,25 @@ def expand(arguments: Sequence[str], cases: Sequence[str]) -> tuple[list[list[st
         arguments: The command line's words, with their lists of values.
         cases: Further words, separated by blanks; each case makes cells of its own.
     """
-    parser = OverridesParser.create()
     cells: list[list[str]] = []
     evaluations: list[list[str]] = []
     for case in cases:
-        overrides = {o.get_key_element(): o for o in parser.parse_overrides([*case.split(), *arguments])}
-        evaluations += _product({k: o for k, o in overrides.items() if judges(k)})
-        cells += _product({k: o for k, o in overrides.items() if not judges(k)})
+        overrides = parsed([*case.split(), *arguments])
+        evaluations += product(o for k, o in overrides.items() if judges(k))
+        cells += product(o for k, o in overrides.items() if not judges(k))
     return _distinct(cells), _distinct(evaluations)
 
 
-def _product(overrides: dict[str, Override]) -> list[list[str]]:
+def parsed(words: Sequence[str]) -> dict[str, Override]:
+    """Overrides by key, of which the last counts."""
+    return {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(list(words))}
+
+
+def product(overrides: Iterable[Override]) -> list[list[str]]:
+    """Every combination of the swept values, as words."""
     choices = []
-    for key, override in overrides.items():
+    for override in overrides:
+        key = override.get_key_element()
         if not override.is_sweep_override():
             choices.append([f"{key}={override.get_value_element_as_str()}"])
         elif override.is_discrete_sweep():
@@ -104,6 +166,12 @@ def _product(overrides: dict[str, Override]) -> list[list[str]]:
         else:
             raise UserError(f"{key}: an interval has no list of values: take hydra/sweeper=optuna, or range(0,10)")
     return [list(cell) for cell in itertools.product(*choices)]
+
+
+def own(cell: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """The words that set a cell apart from the others."""
+    common = set.intersection(*map(set, cells)) if len(cells) > 1 else set()
+    return [word for word in cell if word not in common]
 
 
 def _distinct(lists: list[list[str]]) -> list[list[str]]:

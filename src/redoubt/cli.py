@@ -7,12 +7,14 @@ import os
 import re
 import sys
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redoubt import config
+from redoubt import config, launched
+from redoubt.completion import completion
 from redoubt.errors import CheckFailed, UserError, did_you_mean
+from redoubt.usage import usage
 
 if TYPE_CHECKING:  # torch takes seconds to import; composing and --help must not wait for it
     from omegaconf import DictConfig
@@ -79,10 +81,15 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
 
-    flags = [a for a in get_args_parser().parse_known_args(arguments)[1] if a.startswith("-")]
+    parsed, unknown = get_args_parser().parse_known_args(arguments)
+    flags = [a for a in unknown if a.startswith("-")]
     if flags:
         raise UserError(f"{flags[0]} is no option: values are given as key=value, and --help lists the keys")
 
+    if {"-sc", "--shell-completion"} & set(arguments) and (text := completion(arguments)) is not None:
+        print(text)
+        return 0
+    config.search_path.clear()
     for i, argument in enumerate(arguments):
         if argument in ("--config-dir", "-cd") and i + 1 < len(arguments):
             config.search_path.append(os.path.abspath(arguments[i + 1]))
@@ -91,14 +98,19 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing its own many lines
     config.register_resolvers()
     config.root = command
+    if parsed.help:
+        print(usage(command, parsed.overrides))
+        return 0
     config.chosen[:] = [f"{m[1]}={m[2]}" for m in map(_CHOICE.match, arguments) if m]
 
     ended: list[int] = []  # exit codes of the jobs that ran in this process
+    folders = list(config.search_path)
 
     @hydra.main(version_base="1.3", config_path=config.config_dir(), config_name=command)
     def task(cfg: DictConfig) -> Any:
         hydra_config = HydraConfig.get()
-        config.register_resolvers()  # a sweep's worker has only this function
+        config.register_resolvers()  # a sweep's worker has only this function and what it names
+        config.search_path[:] = folders
         config.root = command
         cfg = config.with_axes(cfg, dict(hydra_config.runtime.choices))
         code, value = _cell(command, cfg, list(hydra_config.overrides.task), debug)
@@ -113,7 +125,7 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     if sweeps.current:
         from redoubt.reporting.status import show
 
-        return show(sweeps.current.pop())
+        return show(*sweeps.current.pop())
     return max(ended, default=0)
 
 
@@ -128,7 +140,8 @@ def _cell(command: str, cfg: DictConfig, overrides: list[str], debug: bool) -> t
     noted: dict[str, Any] = {}
     with ExitStack() as stack:
         try:
-            if cfg.get("sweep") and cfg.sweep.evaluations is not None and not (cfg.plan or cfg.trainer.fast_dev_run):
+            noting = cfg.get("sweep") and cfg.sweep.evaluations is not None and launched.first()
+            if noting and not (cfg.plan or cfg.trainer.fast_dev_run):
                 sweep = sweeps.Sweep(Path(cfg.paths.outputs) / "sweeps" / cfg.sweep.name)
                 noted = stack.enter_context(sweep.cell(sweeps.key_of(overrides), cfg.sweep.evaluations))
             value = _job(command, cfg, overrides)
@@ -137,6 +150,10 @@ def _cell(command: str, cfg: DictConfig, overrides: list[str], debug: bool) -> t
             return 0, value
         except sweeps.Taken as taken:  # by another process in the moment since the sweeper looked
             print(f"redoubt: {taken}", file=sys.stderr)
+            return 0, None
+        except sweeps.Pruned as pruned:
+            print(f"redoubt: {pruned}", file=sys.stderr)
+            noted |= {"state": "pruned", "reason": str(pruned)}
             return 0, None
         except Exception as error:
             code = _report(error, debug)
@@ -172,9 +189,10 @@ def _child(file: str) -> int:
     config.search_path[:] = list(job.config_dirs)
     config.register_resolvers()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    from redoubt import jobs
+    from redoubt import jobs, sweeps
 
-    jobs.run(str(job.command), job.config, list(job.overrides))
+    with suppress(sweeps.Pruned):  # rank 0 notes it
+        jobs.run(str(job.command), job.config, list(job.overrides))
     return 0
 
 
@@ -190,6 +208,9 @@ def one_line(error: BaseException) -> str | None:
             "out of memory: lower data.batch_size, or raise trainer.accumulate, which cuts the same batch into "
             "micro-batches"
         )
+    if "Unknown plugin class" in text:  # of a launcher: Hydra's own sweepers and ours are always there
+        extra = "slurm" if "submitit" in text else "sweeps"
+        return f"this hydra/launcher is not installed: pip install 'redoubt[{extra}]'"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; see paths.outputs, paths.data and data.root"
     return None

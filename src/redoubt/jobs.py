@@ -25,6 +25,7 @@ from redoubt.evaluation.record import Source, evaluate
 from redoubt.evaluation.rescore import objections, rescore
 from redoubt.evaluation.suite import suite
 from redoubt.export import export
+from redoubt.launched import started_by_launcher
 from redoubt.nets import load_backbone
 from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
@@ -33,7 +34,7 @@ from redoubt.runs.identity import canonical, plain
 from redoubt.runs.loading import load, weights_hash
 from redoubt.runs.store import Run, Store
 from redoubt.sweeps import judges
-from redoubt.training.distributed import leave, ranks, started_by_launcher
+from redoubt.training.distributed import leave, ranks
 from redoubt.training.trainer import accelerator, devices, make_trainer
 
 console = Console()

@@ -25,14 +25,18 @@ from redoubt.runs.files import cannot_write, read_json, write_json
 from redoubt.runs.identity import digest
 from redoubt.runs.store import Run
 
-#: The sweep that this process works on, for whoever reports on it at the end.
-current: list[Sweep] = []
+#: The sweep that this process works on and the keys of its own cells, for whoever reports on it at the end.
+current: list[tuple[Sweep, list[str] | None]] = []
 
-STATES = ("done", "running", "failed", "interrupted", "missing")
+STATES = ("done", "running", "failed", "interrupted", "pruned", "missing")
 
 
 class Taken(UserError):
     """Another process is working on the cell."""
+
+
+class Pruned(UserError):
+    """A search gave up on the cell: other trials are better."""
 
 
 class Sweep:
@@ -48,18 +52,18 @@ class Sweep:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """``cells``: {key: overrides}; ``evaluations``: override lists; ``trials``: of a search, how many."""
+        """``cells``: {key: overrides}; ``evaluations``: override lists."""
         return read_json(self.folder / "sweep.json") or {"cells": {}, "evaluations": []}
 
-    def add(self, cells: Sequence[Sequence[str]], evaluations: Sequence[Sequence[str]] = (), **more: Any) -> list[str]:
+    def add(self, cells: Sequence[Sequence[str]], evaluations: Sequence[Sequence[str]] = ()) -> list[str]:
         """Notes the cells that a command means, beside those of earlier commands; their keys."""
-        with self._lock("sweep", wait=True):
+        with self.hold("sweep", timeout=-1):
             plan = self.plan
             named = {key_of(cell): list(cell) for cell in cells}
             known = [list(e) for e in plan["evaluations"]]
             plan["evaluations"] = known + [list(e) for e in evaluations if list(e) not in known]
             plan["cells"] |= named
-            write_json(self.folder / "sweep.json", {**plan, **more})
+            write_json(self.folder / "sweep.json", plan)
         return list(named)
 
     def record(self, key: str) -> dict[str, Any]:
@@ -82,7 +86,7 @@ class Sweep:
     def locked(self, key: str) -> bool:
         """Whether somebody works on a cell now."""
         try:
-            with self._lock(key):
+            with self.hold(key):
                 return False
         except Taken:
             return True
@@ -94,7 +98,7 @@ class Sweep:
         Raises:
             Taken: Another process does.
         """
-        with self._lock(key):
+        with self.hold(key, timeout=0.3):  # `locked` of another process holds it for a moment
             file = self.folder / "cells" / f"{key}.json"
             began = time.monotonic()
             noted: dict[str, Any] = {"overrides": self.plan["cells"].get(key), "pid": os.getpid(), "by": written()}
@@ -112,11 +116,20 @@ class Sweep:
                 write_json(file, {**noted, "ended": _now(), "seconds": time.monotonic() - began})
 
     @contextmanager
-    def _lock(self, key: str, wait: bool = False) -> Iterator[None]:
+    def hold(self, key: str, timeout: float = 0.0) -> Iterator[None]:
+        """Be the only one at something of this sweep: a cell, or what several workers must not do at once.
+
+        Args:
+            key: The cell's, or any name.
+            timeout: Seconds to wait for another process; -1: as long as it takes.
+
+        Raises:
+            Taken: Another process is at it.
+        """
         path = self.folder / "cells" / f"{key}.lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(path, timeout=-1 if wait else 0):
+            with filelock.FileLock(path, timeout=timeout):
                 yield
         except filelock.Timeout:
             raise Taken(f"sweep {self.name}: another process is at cell {key}") from None
@@ -179,7 +192,7 @@ def find(outputs: Path | str, name: str | None = None) -> Sweep:
     return fitting[0]
 
 
-def states(sweep: Sweep) -> list[tuple[list[str], dict[str, Any]]]:
-    """(overrides, record) of every cell in the order of the command."""
+def states(sweep: Sweep, keys: Sequence[str] | None = None) -> list[tuple[list[str], dict[str, Any]]]:
+    """(overrides, record) of every cell, or of those of ``keys``, in the order of the command."""
     plan: Mapping[str, list[str]] = sweep.plan["cells"]
-    return [(overrides, sweep.record(key)) for key, overrides in plan.items()]
+    return [(plan[key], sweep.record(key)) for key in (plan if keys is None else keys)]

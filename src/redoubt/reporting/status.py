@@ -12,7 +12,9 @@ from rich.table import Table
 from redoubt.reporting.table import title
 from redoubt.sweeps import STATES, Sweep, find, states, sweeps
 
-_STYLES = {"done": None, "running": "cyan", "failed": "bold red", "interrupted": "yellow", "missing": "dim"}
+_STYLES = {
+    "done": None, "running": "cyan", "failed": "bold red", "interrupted": "yellow", "pruned": "dim", "missing": "dim",
+}  # fmt: skip
 
 
 def status(*, outputs: str = "outputs", sweep: str | None = None) -> int:
@@ -25,9 +27,9 @@ def status(*, outputs: str = "outputs", sweep: str | None = None) -> int:
     return 0
 
 
-def show(sweep: Sweep) -> int:
-    """Prints the table; the exit code is the worst of the failed cells'."""
-    cells = states(sweep)
+def show(sweep: Sweep, keys: Sequence[str] | None = None) -> int:
+    """Prints the table of all cells, or of those of ``keys``; the exit code is the worst of the failed ones'."""
+    cells = states(sweep, keys)
     Console(soft_wrap=False).print(table(sweep, cells))
     return max((int(r.get("code") or 2) for _, r in cells if r["state"] == "failed"), default=0)
 
@@ -60,6 +62,7 @@ def _outcome(sweep: Sweep, record: Mapping[str, Any]) -> str:
 def _accuracies(results: Mapping[str, Any]) -> str:
     """The suite with its natural and its lowest accuracy."""
     metrics = {name: m["accuracy"] for name, m in results["metrics"].items()}
-    worst = min(metrics, key=lambda name: (metrics[name], name != "ensemble"))
-    lowest = "" if worst == "natural" else f", {title(worst)} {100 * metrics[worst]:.2f}"
-    return f"{results['axes']['attack']}: natural {100 * metrics['natural']:.2f}{lowest}"
+    natural = metrics.pop("natural")
+    worst = min(metrics, key=lambda name: (metrics[name], name != "ensemble"), default=None)
+    lowest = f", {title(worst)} {100 * metrics[worst]:.2f}" if worst else ""
+    return f"{results['axes']['attack']}: natural {100 * natural:.2f}{lowest}"

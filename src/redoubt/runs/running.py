@@ -25,9 +25,11 @@ from redoubt.runs.identity import identity, plain
 from redoubt.runs.loading import is_exported, load, read_checkpoint, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name, reason
+from redoubt.sweeps import Pruned
 from redoubt.training.distributed import ranks
 from redoubt.training.loggers import opened
 from redoubt.training.progress import ProgressBar
+from redoubt.training.pruning import pruning
 from redoubt.training.recorder import Recorder, Stopped, strip
 from redoubt.training.trainer import accelerator, device_name, make_trainer
 
@@ -102,7 +104,7 @@ def _fit(cfg: DictConfig, data: ImageData, run: Run | None, module: RobustModule
         opened(cfg, run) as loggers,
     ):
         bar = ProgressBar(enabled=bool(cfg.trainer.progress), title=cfg.axes.defense + "+" + cfg.axes.base)
-        trainer = make_trainer(cfg, Path(folder), [bar, recorder], loggers)
+        trainer = make_trainer(cfg, Path(folder), [bar, recorder, *pruning(cfg, run)], loggers)
         resume = None
         if run is not None and broadcast(run.last.is_file()):
             read_checkpoint(run.last)  # a damaged one ends here in one line
@@ -229,6 +231,10 @@ def failures_noted(run: Run | None) -> Iterator[None]:
     except KeyboardInterrupt:
         if run is not None:
             run.update(state="interrupted", reason="stopped by the keyboard")
+        raise
+    except Pruned as pruned:
+        if run is not None:
+            run.update(state="interrupted", reason=str(pruned))
         raise
     except BaseException as error:
         if run is not None:

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 
 from redoubt.errors import UserError
+from redoubt.launched import started_by_launcher
 
 #: Exit codes of a process that was asked to stop and saved its place.
 ASKED_TO_STOP = (128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -149,11 +150,6 @@ def _end_with(children: list[subprocess.Popen[bytes]]) -> None:
             for other in children:
                 other.kill()
             os._exit(2)
-
-
-def started_by_launcher() -> bool:
-    """Whether torchrun, Slurm or ourselves set the process's place already."""
-    return "LOCAL_RANK" in os.environ or ("SLURM_NTASKS" in os.environ and "SLURM_PROCID" in os.environ)
 
 
 def leave() -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig
 
 from redoubt.errors import UserError
+from redoubt.launched import slurm_tasks
 from redoubt.training.distributed import PlainDDP
 
 
@@ -38,8 +40,11 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: Sequence[Callback], l
         strategy: Any = PlainDDP(process_group_backend="gloo" if accelerator(cfg) == "cpu" else "nccl")
     else:
         strategy = "auto"
+    # Lightning would take the one task of a Slurm job for all of its processes.
+    alone = slurm_tasks() == 1 and not torch.distributed.is_torchelastic_launched()
     try:
         return Trainer(
+            plugins=[LightningEnvironment()] if alone else None,
             accelerator=accelerator(cfg),
             devices=world,
             num_nodes=int(t.num_nodes),
