@@ -177,7 +177,7 @@ def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
 
 def _log() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("fsspec", "urllib3", "matplotlib", "torch", "filelock", "git", "hydra"):
+    for noisy in ("fsspec", "urllib3", "matplotlib", "torch", "filelock", "git", "hydra", "hydra_plugins"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from redoubt.reporting.collect import Record
+from redoubt.reporting.match import groups
+from redoubt.reporting.ours import store_sheets
+from redoubt.reporting.sheet import wide_console
 from redoubt.reporting.table import title
+from redoubt.runs.store import Run
 from redoubt.sweeps import STATES, Sweep, find, states, sweeps
 
 _STYLES = {
@@ -28,9 +32,18 @@ def status(*, outputs: str = "outputs", sweep: str | None = None) -> int:
 
 
 def show(sweep: Sweep, keys: Sequence[str] | None = None) -> int:
-    """Prints the table of all cells, or of those of ``keys``; the exit code is the worst of the failed ones'."""
+    """Prints the table of all cells, or of those of ``keys``; the exit code is the worst of the failed ones'.
+
+    Where there are several seeds, their means and deviations follow.
+    """
     cells = states(sweep, keys)
-    Console(soft_wrap=False).print(table(sweep, cells))
+    console = wide_console()
+    console.print(table(sweep, cells))
+    runs = {str(record["run"]): None for _, record in cells if record["state"] == "done"}
+    found = groups(Record(Run(sweep.outputs / "runs" / name)) for name in runs)
+    if any(len(group.runs) > 1 for group in found):
+        for sheet in store_sheets(found)[0]:
+            console.print(sheet.terminal())
     return max((int(r.get("code") or 2) for _, r in cells if r["state"] == "failed"), default=0)
 
 
