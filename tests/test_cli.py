@@ -299,7 +299,7 @@ def test_multirun_and_runs_ls(tmp_path: Path) -> None:
     done = redoubt(tmp_path, "train", "-m", *SMALL, "base=at,trades", "attack=none,pgd20").good()
     assert len(re.findall(r"^run: ", done.out, re.M)) == 4
     assert len(re.findall(r"^training ", done.err, re.M)) == 2
-    assert len(re.findall(r"finished: answered from", done.err)) == 2
+    assert "answered from" not in done.err  # both attacks of a cell are one job
     store = Store(tmp_path / "outputs")
     assert {r.readable for r in store.list()} == {"none-at-cnn_small-digits-s0", "none-trades-cnn_small-digits-s0"}
     assert [len(r.evaluations()) for r in store.list()] == [2, 2]

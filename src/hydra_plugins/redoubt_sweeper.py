@@ -114,6 +114,8 @@ class GridSweeper(BasicSweeper):
             return set(cells), [job.return_value for job in jobs]  # raises what a worker could not report itself
         except Exception as error:  # a worker was killed, and the others with it
             begun = {key for key in cells if sweep.record(key) != before[key]}
+            if not begun and type(error).__module__.split(".")[0] in ("builtins", "submitit"):  # as without Slurm
+                raise UserError(f"hydra/launcher: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
             if not begun:
                 raise
             log.warning("the launcher broke off (%s): its other cells are launched again", type(error).__name__)
