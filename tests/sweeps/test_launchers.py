@@ -32,25 +32,26 @@ def pids(name: str) -> set[int]:
     return {sweep.record(key)["pid"] for key in sweep.plan["cells"]}
 
 
-def test_workers(shell: Shell, sources: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes, a failure's reason and exit code from them, and the folders of --config-dir."""
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_workers(workers: int, shell: Shell, sources: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure's reason and exit code, and the folders of --config-dir. (A single worker of joblib's is no process.)"""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     conf = Path("conf/schedule/own.yaml")
     conf.parent.mkdir(parents=True)
     conf.write_text("# @package schedule\nkind: constant\n")
     grid = [
         "train", "--config-dir", "conf", "-m", *SMALL, "schedule=own", "hydra/launcher=workers", "sweep.name=w",
-        "attack=none", "optimizer.lr=0.1,0.2,-1",
+        f"hydra.launcher.n_jobs={workers}", "attack=none", "optimizer.lr=0.1,0.2,-1",
     ]  # fmt: skip
     ended = shell(*grid)
     assert ended.code == 2, ended.err
     assert "w: 3 cells, 2 done, 1 failed" in ended.out
     assert "optimizer.lr=-1 must be at least 0" in ended.out
-    assert len(pids("w") - {os.getpid()}) == len(pids("w")) == 2
+    assert (os.getpid() in pids("w"), len(pids("w"))) == (workers == 1, workers)
     assert {run.config()["schedule"]["kind"] for run in Store("outputs").list()} == {"constant"}
     # what the workers did counts here: only the failed cell is left
     trained = trainings(monkeypatch)
-    again = shell(*[w for w in grid if w != "hydra/launcher=workers"])
+    again = shell(*[w for w in grid if not w.startswith("hydra")])
     assert (again.code, trained) == (2, [])
     assert "cell 3 of 3" not in ended.out
 
@@ -174,9 +175,9 @@ def test_two_ranks_under_a_search(shell: Shell, sources: None) -> None:
     ended = shell(
         "train", "-m", "hydra/sweeper=optuna", *TWO, "sweep.name=d", "optimizer.lr=interval(0.01,0.1)",
         "schedule=constant", "trainer.max_epochs=2", "hydra.sweeper.objective=[lr]", "hydra.sweeper.sampler=random",
-        "hydra.sweeper.pruner_options={n_startup_trials:1}", "hydra.sweeper.trials=3", "hydra.sweeper.seed=1",
+        "hydra.sweeper.pruner_options={n_startup_trials:1}", "hydra.sweeper.trials=2", "hydra.sweeper.seed=4",
     )  # fmt: skip
     assert ended.code == 0, ended.err
     trials = optuna.load_study(study_name="d", storage="sqlite:///outputs/sweeps/optuna.db").trials
-    assert {t.state.name for t in trials} == {"COMPLETE", "PRUNED"}
-    assert len(Store("outputs").list()) == 3
+    assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED"]
+    assert len(Store("outputs").list()) == 2
