@@ -34,7 +34,7 @@ def pids(name: str) -> set[int]:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_workers(workers: int, shell: Shell, sources: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure's reason and exit code, and the folders of --config-dir. (A single worker of joblib's is no process.)"""
+    """A failure's reason and exit code, the folders of --config-dir. (A single worker of joblib's is no process.)"""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     conf = Path("conf/schedule/own.yaml")
     conf.parent.mkdir(parents=True)

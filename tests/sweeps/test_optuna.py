@@ -84,6 +84,7 @@ def test_resumed_with_more_trials(shell: Shell, monkeypatch: pytest.MonkeyPatch)
     assert "FGSM" in again.out
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_two_that_share(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial of the dead is done first, with its values; two processes make no trial twice and none too many."""
     words = [*SEARCH, "optimizer.lr=interval(0.01,0.1)", "trainer.max_epochs=2", "hydra.sweeper.trials=4"]
