@@ -52,7 +52,12 @@ def _of_suite(suite: str, lines: Sequence[Line]) -> Sheet:
     metrics = list(dict.fromkeys(metric for line in lines for metric in line.values))
     rows = [[*line.place, *(spread(line.values[m]) if m in line.values else "" for m in metrics)] for line in lines]
     columns = [*CELL, *map(title, metrics)]
-    return Sheet(f"Our cells, {suite}: accuracy in %", columns, rows, frozenset(columns[len(CELL) - 1 :]))
+    # What is the same in every row stands in the title.
+    same = [i for i in range(len(CELL) - 1) if len({row[i] for row in rows}) == 1] if len(rows) > 1 else []
+    kept = [i for i in range(len(columns)) if i not in same]
+    heading = "; ".join([f"Our cells, {suite}: accuracy in %", *(rows[0][i] for i in same if rows[0][i])])
+    shown = [[row[i] for i in kept] for row in rows]
+    return Sheet(heading, [columns[i] for i in kept], shown, frozenset(columns[len(CELL) - 1 :]))
 
 
 def _lines(group: Group, groups: Sequence[Group]) -> Iterator[Line]:
