@@ -289,7 +289,8 @@ ELSEWHERE = {
     "base.label_smoothing", "trainer.sync_batchnorm", "trainer.deterministic", "trainer.fast_dev_run",
     "evaluation.weights", "logger.project", "logger.offline", "attack.norm", "attack.ensemble", "attack.attacks",
     "natural", "plan", "run", "checkpoint", "to", "defense.pretrained", "rescore", "evaluation.save",
-    "evaluation.skip_broken",
+    "evaluation.skip_broken", "logger.entity", "logger.checkpoint", "sweep.name", "sweep.cases", "sweep.evaluations",
+    "sweep.trial",
 }  # fmt: skip
 
 

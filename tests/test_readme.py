@@ -16,6 +16,8 @@ from tests.conftest import Shell
 from redoubt import config
 from redoubt.runs.files import read_rows
 from redoubt.runs.store import Store
+from redoubt.search import space
+from redoubt.sweeps import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Put before a command's own words: what it names itself wins.
@@ -91,7 +93,7 @@ def test_targets_files_and_extras_exist() -> None:
 
 @pytest.mark.parametrize("command", ["train", "eval", "audit", "export"])
 def test_they_compose(command: str) -> None:
-    from hydra_plugins.redoubt_sweeper import expand
+    from hydra_plugins.redoubt_sweeper import expand, parsed
 
     assert of(command)
     for line in of(command):
@@ -100,6 +102,9 @@ def test_they_compose(command: str) -> None:
             continue
         for word in words:
             assert "=" in word, (line, word)
+        searched = [w for w in words if "interval(" in w]
+        assert set(space(parsed(searched))) == {w.partition("=")[0] for w in searched}
+        words = [w for w in words if w not in searched]
         cells, evaluations = expand(words, [""])
         for chosen in [*cells[:1], *cells[-1:]]:
             cfg = config.compose([*chosen, *evaluations[0], *evaluations[-1]], command)
@@ -166,6 +171,7 @@ def test_exporting_runs(shell: Shell, store: str, line: Line) -> None:
 
 @pytest.mark.parametrize("line", of("report"), ids=ids)
 def test_reporting_runs(shell: Shell, store: str, line: Line) -> None:
+    Sweep(Path("outputs/sweeps/one")).add([["seed=0"]])
     assert shell("report", *own_words(line)).code == 0
 
 

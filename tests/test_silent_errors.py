@@ -25,7 +25,7 @@ Cell = Callable[..., DictConfig]
     "target",
     [
         "redoubt.data.cache.os.system",
-        "redoubt.training.loggers.os.system",
+        "redoubt.training.loggers.importlib.import_module",
         "redoubt.nets.reading.torch.load",
         "os.system",
     ],

@@ -117,11 +117,12 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
         ended.append(code)
         return value
 
-    _log()
-    sys.argv = [f"redoubt {command}", *arguments]
-    task()
     from redoubt import sweeps
 
+    _log()
+    sys.argv = [f"redoubt {command}", *arguments]
+    sweeps.current.clear()  # what one that broke off has left in this process
+    task()
     if sweeps.current:
         from redoubt.reporting.status import show
 
