@@ -21,10 +21,10 @@ from redoubt.sweeps import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Put before a command's own words: what it names itself wins.
-TINY = ("model=cnn_small", "model.widths=[4,4,8,8]", "data=digits", "data.image_size=8", "data.batch_size=8")
+TINY = ("model=cnn_small", "model.widths=[4,4,8,8]", "data=digits", "data.image_size=8")
 #: Put after them.
 QUICK = (
-    "data.source=fake", "data.limit_test=4", "data.probe=4", "trainer=cpu", "trainer.progress=false", "inner.steps=1",
+    "data.source=fake", "data.batch_size=8", "data.limit_test=4", "data.probe=4", "trainer=cpu", "trainer.progress=false", "inner.steps=1",
 )  # fmt: skip
 AUDIT = (
     "audit.images=4", "audit.iterations.least=1", "audit.restarts.steps=2", "audit.noise.draws=1",
@@ -32,7 +32,7 @@ AUDIT = (
     "audit.adaptive.steps=1", "audit.finite_differences.directions=1", "natural.trainer.max_epochs=1",
 )  # fmt: skip
 #: Of the user's, where the README says `run=...`.
-OWN = re.compile(r"^(run|to|rescore|paths\.outputs|data\.root|pretrained|checkpoint|sweep|a|b|runs)=")
+OWN = re.compile(r"^(run|to|rescore|paths\.outputs|data\.root|defense\.pretrained|checkpoint|sweep|a|b|runs)=")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def test_training_runs(shell: Shell, line: Line) -> None:
     words = [w for w in own_words(line) if not w.startswith(mine)]
     flags = [w for w in words if w == "-m"]
     named = {w.split("=")[0] for w in words}
-    tiny = [w for w in TINY if w.split("=")[0].split(".")[0] not in named]
+    tiny = [w for w in TINY if w.split("=")[0].split(".")[0] not in named and "experiment" not in named]
     done = shell("train", *flags, *tiny, *(w for w in words if w != "-m"), *QUICK, "trainer.fast_dev_run=true")
     assert done.code == 0, done
 
