@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=cnn_small", "model.widths=[4,4,8,8]", "data=digits", "data.image_size=8")
 #: Put after them.
 QUICK = (
-    "data.source=fake", "data.batch_size=8", "data.limit_test=4", "data.probe=4", "trainer=cpu", "trainer.progress=false", "inner.steps=1",
+    "data.source=fake", "data.batch_size=8", "data.limit_test=4", "data.probe=4", "trainer=cpu",
+    "trainer.progress=false", "inner.steps=1",
 )  # fmt: skip
 AUDIT = (
     "audit.images=4", "audit.iterations.least=1", "audit.restarts.steps=2", "audit.noise.draws=1",
