@@ -79,7 +79,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     "options",
     [
         ["defense=afd", "optimizer.clip=1"],
-        ["defense=cure", "defense.rate=1", "defense.decay=0.5", "defense.freeze=update", "inner=uniform"],
+        pytest.param(
+            ["defense=cure", "defense.rate=1", "defense.decay=0.5", "defense.freeze=update", "inner=uniform"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["defense=afd", "base=mart", "defense.update=joint", "awp.rho=0.01"], marks=pytest.mark.slow),
         pytest.param(
             ["defense=cure", "base=at", "defense.loss=rgp", "defense.criterion=joint", "trainer.accumulate=2"],

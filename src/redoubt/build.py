@@ -68,7 +68,7 @@ def locate(target: Any, key: str) -> Any:
     try:
         found = get_object(target)
     except Exception as error:  # whatever the import of a user's module raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key}: {target!r} cannot be imported: {reason}") from error
     if not (inspect.isclass(found) or inspect.isfunction(found)) or not f"{found.__module__}.".startswith(allowed):
         raise refusal
