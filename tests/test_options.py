@@ -290,7 +290,7 @@ ELSEWHERE = {
     "evaluation.weights", "logger.project", "logger.offline", "attack.norm", "attack.ensemble", "attack.attacks",
     "natural", "plan", "run", "checkpoint", "to", "defense.pretrained", "rescore", "evaluation.save",
     "evaluation.skip_broken", "logger.entity", "logger.checkpoint", "sweep.name", "sweep.cases", "sweep.evaluations",
-    "sweep.trial",
+    "sweep.trial", "sweep.wait",
 }  # fmt: skip
 
 

@@ -209,7 +209,7 @@ def test_a_package_of_ones_own_as_shown(shell: Shell, tmp_path: Path, monkeypatc
     for split in ("train", "test"):
         images = numbers.integers(0, 256, (12, 3, 8, 8), dtype=np.uint8)
         np.savez(tmp_path / f"mine_{split}.npz", image=images, label=np.arange(12) % 3)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     for name in [n for n in sys.modules if n.partition(".")[0] == "my"]:  # another test's
         monkeypatch.delitem(sys.modules, name)
     own = ("--config-dir", "my/conf", "defense=mine", "model=linear", "data=mine", "data.batch_size=6")

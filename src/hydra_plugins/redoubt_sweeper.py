@@ -41,21 +41,38 @@ class GridSweeper(BasicSweeper):
         sweep = self.open(arguments)
         cells, evaluations = expand(self.words(arguments), self.section.cases or [""])
         evaluations = self.judged(evaluations)
-        keys = sweep.add(cells, evaluations)
-        sweeps.current[:] = [(sweep, keys)]
-        words = dict(zip(keys, cells, strict=True))
-        self.check(words.values())
-        tried: set[str] = set()
-        returns: list[Any] = []
-        while batch := [k for k in words if k not in tried and not sweep.done(k, evaluations) and not sweep.locked(k)]:
-            if isinstance(self.launcher, BasicLauncher):
-                del batch[1:]  # the next one is chosen when this one is done: others may be at work
+        self.check([*cells, *([*cells[0], *evaluation] for evaluation in evaluations)])
+        if self.tentative:
+            assert self.launcher is not None
+            return [job.return_value for job in self.launcher.launch([[*c, *evaluations[0]] for c in cells], 0)]
+        words = dict(zip(sweep.add(cells, evaluations), cells, strict=True))
+        sweeps.current[:] = [(sweep, list(words))]
+        done: set[str] = set()  # by this start, or given up
+        later: set[str] = set()  # needs a run that another process trains; or its worker died
+        while batch := self.next(sweep, words, evaluations, done | later) or self.next(sweep, words, evaluations, done):
+            wait = bool(later & set(batch))
             for key in batch:
                 log.info("cell %d of %d: %s", list(words).index(key) + 1, len(words), " ".join(own(words[key], cells)))
-            begun, found = self.launch(sweep, {k: words[k] for k in batch}, evaluations, len(tried))
-            tried |= begun
-            returns += found
-        return returns
+            begun = self.launch(sweep, {k: [*words[k], f"sweep.wait={wait}"] for k in batch}, evaluations, len(done))
+            again = {k for k in begun - later if sweep.record(k)["state"] in ("missing", "interrupted")}
+            later |= again
+            done |= begun - again
+        return None
+
+    def next(
+        self, sweep: Sweep, words: Mapping[str, list[str]], evaluations: list[list[str]], apart: set[str]
+    ) -> list[str]:
+        """The cells to launch now: those that are left and free; for one process only the first of them."""
+        left = (k for k in words if k not in apart and not sweep.done(k, evaluations) and sweep.free(k))
+        if isinstance(self.launcher, BasicLauncher):  # the next one is chosen when this one is done: others are at work
+            return list(itertools.islice(left, 1))
+        return list(left)
+
+    @property
+    def tentative(self) -> bool:
+        """Whether nothing is trained for good, so that nothing is noted."""
+        assert self.config is not None
+        return bool(self.config.plan or self.config.trainer.fast_dev_run)
 
     @property
     def section(self) -> Any:
@@ -94,7 +111,7 @@ class GridSweeper(BasicSweeper):
 
     def launch(
         self, sweep: Sweep, cells: Mapping[str, Sequence[str]], evaluations: Sequence[Sequence[str]], first: int
-    ) -> tuple[set[str], list[Any]]:
+    ) -> set[str]:
         """Hands cells to the launcher.
 
         Args:
@@ -104,22 +121,25 @@ class GridSweeper(BasicSweeper):
             first: Number of the first job.
 
         Returns:
-            Keys of the cells that were begun, and what their jobs returned.
+            Keys of the cells that were begun.
         """
         assert self.launcher is not None
         more = [*evaluations[0], f"sweep.name={sweep.name}", f"sweep.evaluations={_quoted(evaluations)}"]
         before = {key: sweep.record(key) for key in cells}
         try:
-            jobs = self.launcher.launch([[*words, *more] for words in cells.values()], initial_job_idx=first)
-            return set(cells), [job.return_value for job in jobs]  # raises what a worker could not report itself
+            with launched.workers_end_too(sweep, cells):
+                jobs = self.launcher.launch([[*words, *more] for words in cells.values()], initial_job_idx=first)
+            for job in jobs:
+                _ = job.return_value  # raises what a worker could not report itself
+            return set(cells)
         except Exception as error:  # a worker was killed, and the others with it
             begun = {key for key in cells if sweep.record(key) != before[key]}
             if not begun and type(error).__module__.split(".")[0] in ("builtins", "submitit"):  # as without Slurm
                 raise UserError(f"hydra/launcher: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
             if not begun:
                 raise
-            log.warning("the launcher broke off (%s): its other cells are launched again", type(error).__name__)
-            return begun, []
+            log.warning("the launcher broke off (%s): what it left is launched again", type(error).__name__)
+            return begun
 
     def check(self, cells: Iterable[Sequence[str]]) -> None:
         """Composes as many cells as show each word once, so that a misspelt one ends the sweep before it begins."""

@@ -49,6 +49,10 @@ def main(command: str | None = None) -> None:
         command = arguments.pop(0) if arguments else "--help"
     try:
         code = _run(command, arguments, debug)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except (Exception, KeyboardInterrupt) as error:
         code = _report(error, debug)
     sys.exit(code)
@@ -95,6 +99,7 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
             config.search_path.append(os.path.abspath(arguments[i + 1]))
         elif argument.startswith("--config-dir="):
             config.search_path.append(os.path.abspath(argument.split("=", 1)[1]))
+    _own_packages()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing its own many lines
     config.register_resolvers()
     config.root = command
@@ -111,6 +116,7 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
         hydra_config = HydraConfig.get()
         config.register_resolvers()  # a sweep's worker has only this function and what it names
         config.search_path[:] = folders
+        _own_packages()
         config.root = command
         cfg = config.with_axes(cfg, dict(hydra_config.runtime.choices))
         code, value = _cell(command, cfg, list(hydra_config.overrides.task), debug)
@@ -149,8 +155,9 @@ def _cell(command: str, cfg: DictConfig, overrides: list[str], debug: bool) -> t
             if noted:
                 noted |= {"run": value[0]["run"], "results": value}
             return 0, value
-        except sweeps.Taken as taken:  # by another process in the moment since the sweeper looked
+        except sweeps.Taken as taken:  # the cell, or a run that it needs
             print(f"redoubt: {taken}", file=sys.stderr)
+            noted |= {"state": "missing", "reason": str(taken)}
             return 0, None
         except sweeps.Pruned as pruned:
             print(f"redoubt: {pruned}", file=sys.stderr)
@@ -176,6 +183,12 @@ def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
         return jobs.run(command, cfg, overrides)
 
 
+def _own_packages() -> None:
+    """With --config-dir, packages of the folder that the command is started in can be imported, as by ``python -m``."""
+    if config.search_path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def _log() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("fsspec", "urllib3", "matplotlib", "torch", "filelock", "git", "hydra", "hydra_plugins"):
@@ -188,6 +201,7 @@ def _child(file: str) -> int:
 
     job = OmegaConf.load(file)
     config.search_path[:] = list(job.config_dirs)
+    _own_packages()
     config.register_resolvers()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     from redoubt import jobs, sweeps

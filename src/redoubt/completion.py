@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
+from redoubt import config
 from redoubt.errors import UserError
 
 COMPOSING = ("train", "eval", "audit", "export")
@@ -22,6 +24,10 @@ _redoubt() {
     COMPREPLY=()
     if [[ $line =~ $python || $line =~ $ours ]]; then
         choices=$(COMP_LINE="$line" "${words[0]}" "${words[1]}" -sc query=bash 2>/dev/null)
+    elif [[ $line =~ (^|/)(redoubt\ report|report\.py)\ [a-z]*$ ]]; then
+        choices="status html tables plot plan wandb"
+    elif [[ $line =~ (^|/)(redoubt\ runs|runs\.py)\ [a-z]*$ ]]; then
+        choices="ls show rm prune"
     elif [[ $line =~ (^|/)redoubt\ [a-z]*$ ]]; then
         choices="train eval audit export report runs"
     else
@@ -51,6 +57,18 @@ def completion(arguments: list[str]) -> str | None:
         return SCRIPT
     if what == "uninstall":
         return "complete -r redoubt python python3; unset -f _redoubt"
+    if (found := _nested(os.environ.get("COMP_LINE", "").rpartition(" ")[2])) is not None:
+        return found
     start = rf"\s*\S+\s+(\S*\.py|{'|'.join(COMPOSING)})(?=\s|$)"  # Hydra expects a program of one word
     os.environ["COMP_LINE"] = re.sub(start, "redoubt", os.environ.get("COMP_LINE", ""), count=1)
     return None
+
+
+def _nested(word: str) -> str | None:
+    """``experiment=fsr/s1_...``: options of a group with folders, which Hydra does not list; None for other groups."""
+    group, equals, begun = word.partition("=")
+    folder = Path(config.config_dir()) / group
+    if not equals or "/" in group or not any(folder.glob("*/*.yaml")):
+        return None
+    names = (file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+    return " ".join(f"{group}={name}" for name in sorted(names) if name.startswith(begun))

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redoubt.sweeps import Sweep
+
+#: Seconds that workers have to save their place.
+GRACE = 60.0
 
 
 def slurm_tasks() -> int:
@@ -29,3 +41,29 @@ def first() -> bool:
     """Whether this process is the first of those."""
     rank = os.environ.get("RANK") or (os.environ["SLURM_PROCID"] if slurm_tasks() > 1 else 0)
     return int(rank) == 0
+
+
+@contextmanager
+def workers_end_too(sweep: Sweep, cells: Iterable[str]) -> Iterator[None]:
+    """SIGTERM to this process reaches joblib's workers, which are no part of it: they save their place first."""
+
+    def end(number: int, frame: Any) -> None:
+        loky = sys.modules.get("joblib.externals.loky.reusable_executor")
+        executor = getattr(loky, "_executor", None)
+        for worker in list(getattr(executor, "_processes", None) or ()):
+            os.kill(worker, signal.SIGTERM)
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until and any(not sweep.free(key) for key in cells):
+            time.sleep(0.2)
+        if executor is not None:
+            executor.shutdown(wait=False, kill_workers=True)
+        os._exit(128 + number)
+
+    before = None
+    if "joblib" in sys.modules:
+        before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

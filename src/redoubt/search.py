@@ -41,6 +41,10 @@ class Search:
         self.settings, self.name = settings, str(settings["study"] or name)
         named = {"robust": f"val/pgd{steps}", "natural": "val/clean"}
         self.metrics = [named.get(str(o), str(o)) for o in settings["objective"]]
+        known = [*named, *named.values(), "train/loss"]
+        for metric in self.metrics:
+            if not metric.startswith(("val/", "train/", "train_probe/")) and metric not in ("lr", "images_per_second"):
+                raise UserError(f"hydra.sweeper.objective={metric} is not known{did_you_mean(metric, known)}")
         self.directions = list(settings["directions"] or ["maximize"] * len(self.metrics))
         if len(self.directions) != len(self.metrics) or set(self.directions) - {"maximize", "minimize"}:
             raise UserError("hydra.sweeper.directions must be maximize or minimize, one for each objective")

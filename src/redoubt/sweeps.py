@@ -81,15 +81,20 @@ class Sweep:
         if not all(_name(e) in record["evaluations"] for e in evaluations):
             return False
         run = Run(self.outputs / "runs" / record["run"])
-        return run.finished and all((run.eval / r["evaluation"] / "results.json").is_file() for r in record["results"])
+        judged = [r["evaluation"] for r in record["results"] if "evaluation" in r]
+        return run.finished and all((run.eval / name / "results.json").is_file() for name in judged)
 
     def locked(self, key: str) -> bool:
-        """Whether somebody works on a cell now."""
+        """Whether somebody holds a lock for longer than it takes to ask."""
         try:
-            with self.hold(key):
+            with self.hold(key, timeout=0.5):
                 return False
         except Taken:
             return True
+
+    def free(self, key: str) -> bool:
+        """Whether nobody works on a cell, by its record; the lock is tried only where that says so."""
+        return bool(self.record(key)["state"] != "running")
 
     @contextmanager
     def cell(self, key: str, evaluations: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
@@ -109,7 +114,13 @@ class Sweep:
                 yield noted
                 if noted["state"] == "interrupted":
                     noted["state"] = "done"
-            except BaseException as error:  # the keyboard, a signal
+            except KeyboardInterrupt:
+                noted["reason"] = "stopped by the keyboard"
+                raise
+            except SystemExit as stopped:
+                noted["reason"] = f"stopped by signal {int(stopped.code or 128) - 128}"
+                raise
+            except BaseException as error:
                 noted["reason"] = (str(error).splitlines() or [type(error).__name__])[0]
                 raise
             finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -92,6 +93,26 @@ def test_a_protocol_is_the_suite_with_all_its_settings(outputs: Path) -> None:
     chosen = [groups.chosen(r, first, "pgd20") for r in found]
     assert [e and e.results["n"] for e in chosen] == [40, 40, None]
     assert groups.chosen(found[0], first, "cw") is None
+
+
+def test_other_weights_and_fewer_images_are_other_protocols(outputs: Path) -> None:
+    rng = np.random.default_rng(0)
+    tree = {**config(), "evaluation": {"checkpoint": "last", "weights": "student"}}
+    folder = add_run(outputs, tree, "0" * 10)
+    add_evaluation(folder, nested(rng, 40, ["pgd20"]))
+    for hash, change in (("1" * 10, {"weights": "revision"}), ("2" * 10, {})):
+        where = add_evaluation(folder, nested(rng, 10, ["pgd20"]), hash=hash)
+        results = json.loads((where / "results.json").read_text())
+        (where / "results.json").write_text(json.dumps({**results, **change}))
+        if not change:
+            settings = json.loads((where / "attack.json").read_text())
+            (where / "attack.json").write_text(json.dumps({**settings, "limit_test": 10}))
+    (folder / "eval/damaged-3").mkdir()
+    (folder / "eval/damaged-3/results.json").write_text("{}")
+    [record] = records(outputs)
+    labels = {e.folder.name[-1]: groups.protocol(e).special for e in record.evaluations}
+    assert labels == {"0": "", "1": ", revision weights of last", "2": ", 10 images"}
+    assert len(groups.protocols([record])) == 3
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.5, 0.7], [0.1, 0.2, 0.6]])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from tests.sweeps.cells import SMALL, forked, killed_at, trainings
 
 from hydra_plugins.redoubt_sweeper import expand
 from redoubt import cli, sweeps
-from redoubt.runs.store import Store
+from redoubt.reporting.status import show
+from redoubt.runs import running
+from redoubt.runs.store import Run, Store
 
 GRID = ["train", "-m", *SMALL, "sweep.name=g"]
 
@@ -145,3 +149,50 @@ def test_several_processes_of_a_multirun(shell: Shell, monkeypatch: pytest.Monke
             ended = shell(*GRID, "seed=0,1")
         assert ended.code == 2
         assert "-m starts its own processes" in ended.err
+
+
+def test_what_is_misspelt_or_tentative_leaves_no_sweep(shell: Shell) -> None:
+    assert "fsrr" in shell(*GRID, "defense=none,fsrr").err
+    assert "fgsmm" in shell(*GRID, "seed=0,1", "attack=fgsm,fgsmm").err  # before a cell is begun
+    assert shell(*GRID, "seed=0,1", "attack=none", "trainer.fast_dev_run=true").code == 0
+    assert not list(Path("outputs").glob("sweeps/*/sweep.json"))
+
+
+def test_cells_that_nobody_works_on_are_an_exit_code(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = sweeps.Sweep(Path("outputs/sweeps/g"))
+    (one, two) = sweep.add([["a=[x,y]"], ["a=[/z]"]])  # what rich would take for markup
+    with sweep.cell(one, []), sweep.cell(two, []):
+        assert show(sweep) == 0  # both are running
+    for key in (one, two):
+        with pytest.raises(SystemExit), sweep.cell(key, []):
+            raise SystemExit(143)
+    assert show(sweep) == 1
+    out = capsys.readouterr().out
+    assert "a=[x,y]" in out
+    assert "a=[/z]" in out
+    assert out.count("stopped by signal 15") == 2
+
+
+def test_a_run_that_another_process_trains_is_left_for_the_end(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another sweep, or a natural run that is made: the next cell first, then it is waited for."""
+    grid = [w for w in GRID if w != "sweep.name=g"]
+    assert shell(*grid, "seed=0", "attack=none", "sweep.name=other").code == 0
+    (first,) = Store("outputs").list()
+    first.last.unlink()
+    first.update(state="interrupted")  # as if it were still to be trained
+    order: list[int] = []
+    true = running._turn
+
+    @contextmanager
+    def turn(run: Run, wait: bool) -> Iterator[None]:
+        if run.name == first.name and not wait:
+            order.append(-1)
+            raise sweeps.Taken(f"run {run.name} is in use by process 1")
+        order.append(int(run.readable[-1]))
+        with true(run, wait):
+            yield
+
+    monkeypatch.setattr(running, "_turn", turn)
+    done = shell(*grid, "seed=0,1", "attack=none", "sweep.name=g")
+    assert (done.code, order) == (0, [-1, 1, 0]), done
+    assert "is in use by process 1" in done.err

@@ -25,10 +25,12 @@ class Evaluation:
     Args:
         folder: Holds ``results.json``, ``attack.json``, ``verdicts.npz``.
         results: The contents of ``results.json``.
+        own: Whether it is of the checkpoint and the weights that its run is judged by.
     """
 
     folder: Path
     results: Mapping[str, Any]
+    own: bool = True
 
     @property
     def attack(self) -> str:
@@ -92,12 +94,23 @@ class Record:
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv``, one per epoch; what an epoch did not measure is absent."""
-        return [{k: float(v) for k, v in row.items() if v != ""} for row in read_rows(self.run.metrics_file)]
+        rows = read_rows(self.run.metrics_file)
+        try:
+            return [{k: float(v) for k, v in row.items() if v} for row in rows]
+        except (TypeError, ValueError):  # damaged
+            return []
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """The finished evaluations, the newest first."""
-        return [Evaluation(folder, results) for folder, results in self.run.evaluations()]
+        """The finished evaluations, the newest first; damaged ones are none."""
+        wanted = {"axes", "metrics"}
+        usual = self.config.get("evaluation") or {}
+        found = (
+            Evaluation(folder, r, all(r.get(key) == usual.get(key, r.get(key)) for key in ("checkpoint", "weights")))
+            for folder, r in self.run.evaluations()
+            if wanted <= r.keys()
+        )
+        return [e for e in found if isinstance(e.results["metrics"], dict) and "attack" in e.results["axes"]]
 
     @cached_property
     def audits(self) -> list[tuple[Path, dict[str, Any]]]:

@@ -24,27 +24,34 @@ class Protocol:
         suite: The attack suite's name.
         norm: Of the threat model.
         eps: Of the threat model; None where the suite has no bound, as corruptions.
-        digest: Of every setting of the suite.
+        digest: Of every setting of the suite, of the number of test images where it is limited, and of the weights
+            where they are not those that their run is judged by.
+        special: Such a limit or such weights, for people.
     """
 
     suite: str
     norm: str | None
     eps: float | None
     digest: str
+    special: str = ""
 
     @property
     def label(self) -> str:
         """``fsr_suite, linf eps 8/255 (0.03137)``."""
-        return self.suite + threat({"norm": self.norm, "eps": self.eps})
+        return self.suite + threat({"norm": self.norm, "eps": self.eps}) + self.special
 
 
 def protocol(evaluation: Evaluation) -> Protocol:
-    """The protocol of an evaluation; its checkpoint, weights and number of images are no part of it."""
-    settings, found = evaluation.settings, evaluation.results["threat"]
+    """The protocol of an evaluation."""
+    limit = evaluation.settings.get("limit_test")
+    special = "" if limit is None else f", {limit} images"
+    if not evaluation.own:
+        special += ", {weights} weights of {checkpoint}".format(**evaluation.results)
+    settings, found = evaluation.settings, evaluation.results.get("threat") or {"norm": None, "eps": None}
     rounded = (settings.get("evaluation") or {}).get("save") == "uint8"
-    decisive = canonical({"attack": settings.get("attack"), "rounded": rounded or None})
+    decisive = canonical({"attack": settings.get("attack"), "rounded": rounded or None, "special": special or None})
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:6]
-    return Protocol(evaluation.attack, found["norm"], found["eps"], digest)
+    return Protocol(evaluation.attack, found["norm"], found["eps"], digest, special)
 
 
 def protocols(records: Iterable[Record]) -> dict[Protocol, str]:
@@ -72,10 +79,11 @@ def decisive(record: Record) -> dict[str, str]:
 
 
 def by_seed(records: Sequence[Record]) -> list[list[Record]]:
-    """Runs that differ in nothing but their seed, together; in the order of each group's first."""
+    """Runs that differ in nothing but their seed, together, the finished apart from others; ordered by the first."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(json.dumps(decisive(record), sort_keys=True), []).append(record)
+        key = json.dumps([decisive(record), record.status["state"] == "done"], sort_keys=True)
+        groups.setdefault(key, []).append(record)
     return list(groups.values())
 
 

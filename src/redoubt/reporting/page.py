@@ -43,6 +43,8 @@ def html(*, outputs: str = "outputs", to: str | None = None, limit_mb: float = 2
         raise UserError(f"paths.outputs={outputs}: its runs/ is empty: train some, or name another folder")
     limit = as_number(limit_mb, "limit_mb") * 1e6
     path = Path(to or Path(outputs) / "report.html")
+    if not path.name:
+        raise UserError(f"to={to}: is a folder: give a file, as to=report.html")
     text = page(found, int(limit))
     write_text(path, text)
     size = len(text.encode())

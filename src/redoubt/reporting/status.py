@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from redoubt.reporting.collect import Record
@@ -32,7 +33,9 @@ def status(*, outputs: str = "outputs", sweep: str | None = None) -> int:
 
 
 def show(sweep: Sweep, keys: Sequence[str] | None = None) -> int:
-    """Prints the table of all cells, or of those of ``keys``; the exit code is the worst of the failed ones'.
+    """Prints the table of all cells, or of those of ``keys``.
+
+    The exit code is the worst of the failed ones', 1 where some are left that nobody works on.
 
     Where there are several seeds, their means and deviations follow.
     """
@@ -44,29 +47,30 @@ def show(sweep: Sweep, keys: Sequence[str] | None = None) -> int:
     if any(len(group.runs) > 1 for group in found):
         for sheet in store_sheets(found)[0]:
             console.print(sheet.terminal())
-    return max((int(r.get("code") or 2) for _, r in cells if r["state"] == "failed"), default=0)
+    codes = [int(r.get("code") or 2) for _, r in cells if r["state"] == "failed"]
+    return max([*codes, *(1 for _, r in cells if r["state"] in ("interrupted", "missing"))], default=0)
 
 
 def table(sweep: Sweep, cells: Sequence[tuple[list[str], dict[str, Any]]]) -> Table:
     """One row per cell: what makes it, its state, and its accuracies or why it has none."""
     counts = Counter(record["state"] for _, record in cells)
     shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    made = Table(title=f"{sweep.name}: {len(cells)} cells, {shown}", min_width=40)
+    made = Table(title=f"{escape(sweep.name)}: {len(cells)} cells, {shown}", min_width=40)
     common = set.intersection(*(set(words) for words, _ in cells)) if len(cells) > 1 else set()
     made.add_column("cell")
     made.add_column("state")
     made.add_column("accuracy in %, or what happened")
     for words, record in cells:
         own = " ".join(w for w in words if w not in common) or " ".join(words)
-        made.add_row(own, record["state"], _outcome(sweep, record), style=_STYLES[record["state"]])
+        made.add_row(escape(own), record["state"], escape(_outcome(sweep, record)), style=_STYLES[record["state"]])
     if common:
-        made.caption = f"all: {' '.join(sorted(common))}"
+        made.caption = escape(f"all: {' '.join(sorted(common))}")
     return made
 
 
 def _outcome(sweep: Sweep, record: Mapping[str, Any]) -> str:
     if record["state"] == "done":
-        return "\n".join(_accuracies(results) for results in record["results"])
+        return "\n".join(_accuracies(results) for results in record["results"] if "metrics" in results)
     if record["state"] == "running":
         return f"process {record['pid']} on {record['host']}, since {record['started']}"
     return str(record.get("reason") or "")

@@ -61,7 +61,7 @@ def tables(
             write_text(folder / f"{name}.{ending}", "\n".join(texts[ending]))
         for sheet in sheets if table is not None else ():
             console.print(sheet.terminal())
-    console.print(f"{len(wanted)} table{'s' * (len(wanted) > 1)} in {folder}", soft_wrap=True)
+    console.print(f"{len(wanted)} table{'s' * (len(wanted) > 1)} in {folder}", soft_wrap=True, markup=False)
 
 
 def _sheets(name: str, found: Sequence[Group]) -> tuple[list[Sheet], Sheet]:

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from redoubt.runs.identity import identity, plain
 from redoubt.runs.loading import is_exported, load, read_checkpoint, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name, reason
-from redoubt.sweeps import Pruned
+from redoubt.sweeps import Pruned, Taken
 from redoubt.training.distributed import ranks
 from redoubt.training.loggers import opened
 from redoubt.training.progress import ProgressBar
@@ -45,12 +45,19 @@ def identify(cfg: DictConfig, data: ImageData, start: Start | None = None) -> st
     return digest
 
 
-def train(cfg: DictConfig, data: ImageData) -> Run:
+def train(cfg: DictConfig, data: ImageData, wait: bool | None = None) -> Run:
     """The finished run of a resolved config: answered from the store, continued, or trained.
+
+    Args:
+        cfg: Resolved.
+        data: Its data.
+        wait: Whether to wait where another process trains it; None: as ``sweep.wait`` says.
 
     Raises:
         UserError: Whatever the user can mend; the run's status then says why.
+        Taken: Another process trains it, and this one is not to wait.
     """
+    wait = cfg.sweep.wait is not False if wait is None else wait
     start = starting_point(cfg, data)
     digest = identify(cfg, data, start)
     store = Store(cfg.paths.outputs)
@@ -63,7 +70,7 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
     if rank == 0:
         store.open(cfg.axes, cfg.seed, digest, plain(cfg), devices=[device_name(cfg)])
     barrier()
-    with run.lock() if rank == 0 else nullcontext():
+    with _turn(run, wait) if rank == 0 else nullcontext():
         if broadcast(run.status["state"] == "done" if rank == 0 else None):
             note(f"run {run.name} is finished: answered from {run.folder}")
             return run
@@ -80,12 +87,23 @@ def train(cfg: DictConfig, data: ImageData) -> Run:
     return run
 
 
+@contextmanager
+def _turn(run: Run, wait: bool) -> Iterator[None]:
+    """Be the one who trains a run."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run.lock(wait=wait))
+        except UserError as error:
+            raise error if wait or not run.exists() else Taken(str(error)) from error
+        yield
+
+
 def begin(module: RobustModule, start: Start, cfg: DictConfig, data: ImageData) -> None:
     """Puts trained weights into a fresh module; the natural run is made first where there is none."""
     if start.twin is not None:
         there = broadcast(start.run is not None and start.run.finished)
         note(f"defense.pretrained=auto: natural run {start.name} is {'in the store' if there else 'trained first'}")
-        train(start.twin, data)
+        train(start.twin, data, cfg.sweep.wait is not False)
     else:
         note(f"defense.pretrained: starts from {start.name}")
     module.start_from(trained_net(start, cfg))
