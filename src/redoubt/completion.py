@@ -23,7 +23,7 @@ _redoubt() {
     if [[ $line =~ $python || $line =~ $ours ]]; then
         choices=$(COMP_LINE="$line" "${words[0]}" "${words[1]}" -sc query=bash 2>/dev/null)
     elif [[ $line =~ (^|/)redoubt\ [a-z]*$ ]]; then
-        choices="train eval audit export report runs"
+        choices="train eval audit export report reproduce runs"
     else
         return
     fi
