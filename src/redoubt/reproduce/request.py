@@ -34,6 +34,7 @@ class Task:
         training: Words of ``redoubt train`` that make the run.
         evaluations: Words that say by which attacks it is judged; the cheap first answer first.
         audit: Words of ``redoubt audit`` beside the run; None: there is none.
+        place: Further words of it, that say where the images are and what computes.
     """
 
     row: str
@@ -41,6 +42,7 @@ class Task:
     training: Words
     evaluations: tuple[Words, ...]
     audit: Words | None
+    place: Words
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ class Request:
         judged = [word for word in (*own, *said) if judges(word) and not word.startswith("attack=")]
         training = (*(word for word in own if not judges(word)), f"seed={seed}", *given)
         evaluations = tuple((*suite, *judged) for suite in self._suites(found.suite))
-        there = [word for word in given if word.startswith(_OF_EVALUATION)]
-        audits = [word for word in self.words if word.startswith("audit.")]
-        return Task(name, seed, training, evaluations, (*evaluations[-1], *there, *audits) if self.audit else None)
+        audits = (*evaluations[-1], *(word for word in self.words if word.startswith("audit.")))
+        place = tuple(word for word in given if word.startswith(_OF_EVALUATION))
+        return Task(name, seed, training, evaluations, audits if self.audit else None, place)
 
     def _suites(self, suite: str) -> list[Words]:
         """The paper's suite without AutoAttack, then AutoAttack: by the whole suite where it has it."""

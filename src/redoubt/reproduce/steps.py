@@ -54,7 +54,7 @@ class Step:
         """Does it; the run and the results."""
         if self.name == "-audit":
             run = str(run_of(self.task, sweep))
-            words = [f"run={run}", *self.words]
+            words = [f"run={run}", *self.words, *self.task.place]
             job("audit", config.compose(words, "audit"), words)
             return {"run": run, "results": []}
         words = [*self.task.training, *self.words]
