@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.conftest import Ended, Shell, everything
+from tests.reporting.fakestore import FakeStore
 from tests.sweeps.cells import trainings
 
 from redoubt import deadline
 from redoubt.attacks import AutoAttack
 from redoubt.errors import UserError
 from redoubt.evaluation.verdicts import Judge
-from redoubt.reporting.cells import Cell, cell
+from redoubt.reporting.cells import Cell, cell, experiments
+from redoubt.reporting.collect import Record
 from redoubt.reporting.published import find
-from redoubt.reporting.reproduced import PATH, label
+from redoubt.reporting.reproduced import PATH, Made, label, sheets
 from redoubt.reproduce.request import request
 from redoubt.reproduce.steps import steps, too_long
 from redoubt.runs.store import Run, Store
@@ -258,6 +260,30 @@ def _finished(sweep: Sweep, task, seconds: float) -> None:
     step = next(iter(steps([task])))
     with sweep.cell(step.key, [step.words]) as noted:
         noted |= {"run": "name", "results": []}
+
+
+def test_means_over_seeds_and_how_they_are_marked(tmp_path: Path) -> None:
+    store, table = FakeStore(tmp_path / "outputs"), find("fsr_s1")
+    at, fsr = (experiments()[f"fsr/s1_cifar100_resnet18_{method}"] for method in ("at", "at_fsr"))
+
+    def made(entry, *words: str, **accuracies: float) -> Made:
+        runs = []
+        for seed in (0, 1):
+            folder = store.run(f"experiment={entry[2].experiment}", *words, seed=seed)
+            store.evaluate(folder, **{metric: value + seed for metric, value in accuracies.items()})
+            runs.append(Record(Run(folder)))
+        return Made(entry[1], entry[2], tuple(runs))
+
+    first, second = sheets(table, [made(at, natural=58.0, pgd20=24.0), made(fsr, "schedule=fast", natural=40.0)], "c")
+    text = first.markdown()
+    natural = next(v.number for v in at[1].values if v.metric == "Natural")
+    assert f"| AT | Natural | {natural:.2f} | 58.50 ± 0.71 | {58.5 - natural:+.2f} | 2 | fsr_suite, linf 8/255" in text
+    assert "| AT | PGD-100 | 23.43 | missing |  |  |  |  |" in text
+    assert "| AT + FSR | Natural | 58.23 | 40.50 ± 0.71\\* | -17.73 | 2 |" in text
+    assert "\\*: CIFAR-100 ResNet-18 AT + FSR: a first answer by a short schedule, not the published recipe: " in text
+    assert "schedule=fast" in text
+    assert PATH not in text
+    assert len(second.rows) == 4
 
 
 def test_labels() -> None:

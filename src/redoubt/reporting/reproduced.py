@@ -32,6 +32,11 @@ class Made:
     cell: Cell
     runs: tuple[Record, ...]
 
+    @property
+    def name(self) -> str:
+        """``CIFAR-10 ResNet-18 AT + FSR``."""
+        return f"{self.row.dataset} {self.row.model} {self.row.method}"
+
 
 def sheets(table: Published, made: Sequence[Made], command: str) -> list[Sheet]:
     """Published against ours, and how ours was made; nothing where no row has a run.
@@ -43,18 +48,19 @@ def sheets(table: Published, made: Sequence[Made], command: str) -> list[Sheet]:
     """
     if not made:
         return []
-    lines, notes = [], []
+    lines = []
+    starred: dict[tuple[str, ...], list[str]] = {}
     for entry in made:
         found = list(_lines(table, entry))
-        keys = sorted({key for line in found if line.ours is not None for key in line.ours.protocol.differs})
-        if keys:
-            notes.append(f"* {entry.row.method}: {label(keys)}: {', '.join(keys)}.")
+        keys = {key for line in found if line.ours is not None for key in line.ours.protocol.differs}
+        starred.setdefault(tuple(sorted(keys)), []).append(entry.name)
         lines += [_texts(line) for line in found]
     shown = replace(table, rows=tuple(entry.row for entry in made))
+    notes = [f"*: {'; '.join(of)}: {label(keys)}: {', '.join(keys)}." for keys, of in starred.items() if keys]
     first = laid_out(shown, lines, notes)
     if any(line[-1] == PATH for line in lines):
         first = replace(first, title=f"{first.title}: {PATH}")
-    columns = ("method", "seed", "epochs", "training", "device", "audit", "run")
+    columns = ("row", "seed", "epochs", "training", "device", "audit", "run")
     rows = [_origin(entry, record) for entry in made for record in entry.runs]
     notes = [f"Command: {command}", "Training time without that of a natural run; device: where the run began."]
     return [first, Sheet("How ours was made", columns, rows, frozenset({"seed", "epochs", "training"}), notes)]
@@ -117,5 +123,5 @@ def _origin(made: Made, record: Record) -> list[str]:
         for _, report in record.audits
     ]
     time = "missing" if seconds is None else clock(float(seconds))
-    place = [made.row.method, str(record.axes["seed"]), str(status.get("max_epochs")), time, ", ".join(devices)]
+    place = [made.name, str(record.axes["seed"]), str(status.get("max_epochs")), time, ", ".join(devices)]
     return [*place, "; ".join(dict.fromkeys(audits)) or "missing", record.name]
