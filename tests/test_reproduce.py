@@ -214,6 +214,15 @@ def test_in_pieces_on_two_folders_as_in_one(
     assert verdicts(run) == verdicts(expected)
 
 
+def test_a_signal_is_no_deadline(shell: Shell, sigterm_after: Callable[[int | None], None]) -> None:
+    sigterm_after(3)
+    ended = shell("reproduce", *ROW, *SMALL, *SHORT, "max_minutes=9")
+    assert ended.code == 128 + 15
+    (run,) = Store("outputs").list()
+    assert (run.status["state"], run.status["reason"]) == ("interrupted", "stopped by signal 15")
+    assert deadline.left() == math.inf
+
+
 def test_a_row_that_fails_does_not_keep_the_others(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["reproduce", "table=fsr_s4", "rows=after_block[14]", *SMALL, *SHORT, "to=R.md", "trainer.max_epochs=1"]
     trained = trainings(monkeypatch)
