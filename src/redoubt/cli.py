@@ -1,4 +1,4 @@
-"""The command line, ``redoubt train | eval | audit | export | report | runs``: composes, checks, hands over."""
+"""The command line, ``redoubt train | eval | audit | ...``: composes, checks, hands over."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "audit": "check a finished run for false robustness",
     "export": "write a finished run's net as one file: safetensors, torch.export or ONNX",
     "report": "status | html | tables | plot | plan | wandb: look at the runs of the store",
+    "reproduce": "train, attack and audit a published table's rows, in pieces; then published against ours",
     "runs": "ls | show | rm | prune the runs of the store",
 }
 
@@ -69,11 +70,15 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
         from redoubt.reporting.commands import main as report
 
         return report(arguments)
+    if command == "reproduce":
+        from redoubt.reproduce import main as reproduce
+
+        return reproduce(arguments, _job, lambda error: (_report(error, debug), said(error))[1])
     if command in ("train", "eval", "audit", "export"):
         return _hydra(command, arguments, debug)
     if command in ("-h", "--help", "help"):
         print("usage: redoubt COMMAND [key=value ...] [--debug]\n")
-        print("\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
         print("\nredoubt COMMAND --help shows a command's keys and groups.")
         return 0
     raise UserError(f"{command!r} is no command{did_you_mean(command, list(COMMANDS))}")

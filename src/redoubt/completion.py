@@ -29,7 +29,7 @@ _redoubt() {
     elif [[ $line =~ (^|/)(redoubt\ runs|runs\.py)\ [a-z]*$ ]]; then
         choices="ls show rm prune"
     elif [[ $line =~ (^|/)redoubt\ [a-z]*$ ]]; then
-        choices="train eval audit export report runs"
+        choices="train eval audit export report reproduce runs"
     else
         return
     fi

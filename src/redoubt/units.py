@@ -40,3 +40,12 @@ def as_whole(value: float | str, key: str, least: int = 1) -> int:
     if number != int(number) or number < least:
         raise UserError(f"{key}={value} must be a whole number of at least {least}")
     return int(number)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 4.2 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02} min"

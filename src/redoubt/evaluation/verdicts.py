@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from redoubt import deadline
 from redoubt.attacks import Attack
 from redoubt.attacks.base import Draws
 from redoubt.attacks.whitebox import Reached
@@ -173,6 +174,7 @@ class Judge:
             done["natural"] = self.settle("natural", number, Attacked(standing, x, z.argmax(1)), began)
         for name in self.order:
             if name not in done:
+                deadline.check()
                 counter.note(name)
                 began = time.monotonic()
                 rows = standing.nonzero()[:, 0] if self.skip_broken else torch.arange(len(y), device=y.device)

@@ -127,10 +127,10 @@ class Match:
         return [None] * len(measures)
 
     def _number(self, measure: Measure, keys: tuple[str, ...], group: Group) -> Ours | None:
-        return _over_seeds(group, measure, keys, plain(composed(*self.cell.overrides(measure.suite))))
+        return over_seeds(group, measure, keys, plain(composed(*self.cell.overrides(measure.suite))))
 
 
-def _over_seeds(group: Group, measure: Measure, keys: tuple[str, ...], wanted: Mapping[str, Any]) -> Ours | None:
+def over_seeds(group: Group, measure: Measure, keys: tuple[str, ...], wanted: Mapping[str, Any]) -> Ours | None:
     """The measure over the seeds that were evaluated alike, as near to the published protocol as any."""
     alike: dict[Protocol, list[tuple[float, str, Protocol]]] = {}
     for record in group.runs:

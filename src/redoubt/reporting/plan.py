@@ -19,6 +19,7 @@ from redoubt.runs.identity import identity
 from redoubt.runs.start import starting_point
 from redoubt.runs.store import readable_name
 from redoubt.training.trainer import accelerator, check_precision, device_name, devices
+from redoubt.units import clock
 
 #: Images of the measured step: enough to keep the device busy, few enough to answer in seconds.
 IMAGES = {"cpu": 8, "gpu": 64}
@@ -112,12 +113,3 @@ def measure(module: RobustModule, data: ImageData, n: int, device: str, precisio
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - began)
     return best, float(sum(size for pointer, size in kept.items() if pointer not in own))
-
-
-def clock(seconds: float) -> str:
-    """1:02:03, or 4.2 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02} min"

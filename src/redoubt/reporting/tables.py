@@ -153,13 +153,17 @@ def distinguishing(cells: Iterable[Cell]) -> frozenset[str]:
 
 def shown(table: Published, lines: Sequence[Line]) -> Sheet:
     """As people read it: columns that say the same in every row go into the title, notes below."""
-    rows = [line.cells() for line in lines]
+    starred = "*: not the published recipe; the remark names the keys that differ."
+    notes = [starred] if any(line.state == "other recipe" for line in lines) else []
+    return laid_out(table, [line.cells() for line in lines], notes)
+
+
+def laid_out(table: Published, rows: Sequence[list[str]], more: Sequence[str]) -> Sheet:
+    """Rows of `COLUMNS` as a sheet, with ``more`` notes than the table's own."""
     same = [i for i in (0, 1) if len({row[i] for row in rows}) == 1]
     kept = [i for i in range(len(COLUMNS)) if i not in same]
     title = ", ".join([table.title, *(rows[0][i] for i in same)])
-    notes = [f"Published: {table.source}.", *_notes(table)]
-    if any(line.state == "other recipe" for line in lines):
-        notes.append("*: not the published recipe; the remark names the keys that differ.")
+    notes = [f"Published: {table.source}.", *_notes(table), *more]
     return Sheet(title, [COLUMNS[i] for i in kept], [[row[i] for i in kept] for row in rows], NUMERIC, notes)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
+from redoubt import deadline
 from redoubt.build import build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
@@ -244,7 +245,8 @@ def failures_noted(run: Run | None) -> Iterator[None]:
         yield
     except Stopped as stopped:
         if run is not None:
-            run.update(state="interrupted", reason=f"stopped by signal {int(stopped.code or 128) - 128}")
+            signal = f"stopped by signal {int(stopped.code or 128) - 128}"
+            run.update(state="interrupted", reason="the time was up" if deadline.over() else signal)
         raise
     except KeyboardInterrupt:
         if run is not None:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from redoubt import deadline
 from redoubt.errors import UserError
 from redoubt.runs.files import atomic, read_rows, write_text
 from redoubt.runs.store import Run
@@ -86,6 +87,7 @@ class Recorder(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._images += batch.total
         due = self.every and pl_module.steps_done % int(self.every) == 0
+        self.agreement.asked |= deadline.over()  # where ranks are several, the first alone knows of it
         self.stopping = self.run is not None and self.agreement.stops(pl_module.steps_done)
         if self.run is None or not (due or self.stopping):
             return

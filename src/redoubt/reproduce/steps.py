@@ -1,0 +1,114 @@
+"""What a request takes, step by step: each is noted in a sweep of the store, so that another start finds it done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from redoubt import config, deadline
+from redoubt.errors import CheckFailed
+from redoubt.reporting.collect import Record
+from redoubt.reproduce.request import Task, Words
+from redoubt.runs.store import Run
+from redoubt.sweeps import Sweep, Taken, key_of
+
+Job = Callable[[str, DictConfig, list[str]], Any]
+#: Prints an error, and gives it in one line.
+Tell = Callable[[BaseException], str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a task that is done or not.
+
+    Args:
+        task: The run it is of.
+        what: For people.
+        name: Its place in the sweep, beside the task's; empty of the training.
+        words: What it is done by: of an evaluation those that judge, of the audit all.
+    """
+
+    task: Task
+    what: str
+    name: str
+    words: Words
+
+    @property
+    def key(self) -> str:
+        """Names its record."""
+        return key_of(self.task.training) + self.name
+
+    @property
+    def title(self) -> str:
+        """The row, the seed, what is done."""
+        return f"{self.task.row} seed={self.task.seed}: {self.what}"
+
+    def done(self, sweep: Sweep) -> bool:
+        """Whether an earlier start has done it."""
+        return sweep.done(self.key, [self.words])
+
+    def run(self, sweep: Sweep, job: Job) -> dict[str, Any]:
+        """Does it; the run and the results."""
+        if self.name == "-audit":
+            run = str(run_of(self.task, sweep))
+            words = [f"run={run}", *self.words, *self.task.place]
+            job("audit", config.compose(words, "audit"), words)
+            return {"run": run, "results": []}
+        words = [*self.task.training, *self.words]
+        cfg = config.compose(words)
+        cfg.sweep.name = sweep.name
+        results = job("train", cfg, words)
+        return {"run": results[0]["run"], "results": results}
+
+
+def steps(tasks: Sequence[Task]) -> Iterator[Step]:
+    """In the order in which answers are cheap: for a seed every row trained, then AutoAttack, then the audits."""
+    for seed in sorted({task.seed for task in tasks}):
+        own = [task for task in tasks if task.seed == seed]
+        yield from (Step(t, f"training, {_suite(t)}", "", t.evaluations[0]) for t in own)
+        yield from (Step(t, "AutoAttack", "-autoattack", e) for t in own for e in t.evaluations[1:])
+        yield from (Step(t, "audit", "-audit", t.audit) for t in own if t.audit is not None)
+
+
+def _suite(task: Task) -> str:
+    return task.evaluations[0][0].removeprefix("attack=")
+
+
+def run_of(task: Task, sweep: Sweep) -> str | None:
+    """Name of the task's finished run; None where it is not trained yet."""
+    record = sweep.record(key_of(task.training))
+    name = record.get("run")
+    return name if name is not None and Run(sweep.outputs / "runs" / name).finished else None
+
+
+def attempt(step: Step, sweep: Sweep, job: Job, tell: Tell) -> None:
+    """Does a step and notes what became of it; its errors are told, and are no reason to leave others undone."""
+    try:
+        with sweep.cell(step.key, [step.words]) as noted:
+            try:
+                noted |= step.run(sweep, job)
+            except CheckFailed as failed:  # what an audit found: it is done
+                noted |= {"run": run_of(step.task, sweep), "results": [], "reason": tell(failed)}
+            except Exception as error:
+                noted |= {"state": "failed", "reason": tell(error)}
+    except Taken as taken:
+        tell(taken)
+
+
+def too_long(sweep: Sweep, tasks: Sequence[Task], minutes: float | None) -> str | None:
+    """Why an audit, which is only kept as a whole, is not begun now; None: it can be.
+
+    What the longest audit of this table took must be left; where none is there, half of all the time.
+    """
+    if minutes is None:
+        return None
+    names = {name for task in tasks if (name := run_of(task, sweep))}
+    taken = [float(a.get("seconds") or 0) for n in names for _, a in Record(Run(sweep.outputs / "runs" / n)).audits]
+    wanted = max(taken, default=30 * minutes)
+    if deadline.left() >= wanted:
+        return None
+    source = "as the longest so far" if taken else "half of max_minutes, as none was measured"
+    return f"it wants {wanted / 60:.1f} minutes ({source}), {max(0.0, deadline.left()) / 60:.1f} are left"
