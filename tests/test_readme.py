@@ -73,7 +73,7 @@ def ids(line: Line) -> str:
 
 def test_there_are_commands() -> None:
     assert len(lines()) > 40
-    assert {"train", "eval", "audit", "export", "report", "runs"} == {
+    assert {"train", "eval", "audit", "export", "report", "reproduce", "runs"} == {
         Path(w).stem for line in lines() for w in line.words if re.fullmatch(r"src/\w+\.py", w)
     }
 
