@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ class GridSweeper(BasicSweeper):
         more = [*evaluations[0], f"sweep.name={sweep.name}", f"sweep.evaluations={_quoted(evaluations)}"]
         before = {key: sweep.record(key) for key in cells}
         try:
-            with launched.workers_end_too(sweep, cells):
+            alone = isinstance(self.launcher, BasicLauncher)
+            with nullcontext() if alone else launched.workers_end_too(sweep, cells):
                 jobs = self.launcher.launch([[*words, *more] for words in cells.values()], initial_job_idx=first)
             for job in jobs:
                 _ = job.return_value  # raises what a worker could not report itself

@@ -59,11 +59,8 @@ def workers_end_too(sweep: Sweep, cells: Iterable[str]) -> Iterator[None]:
             executor.shutdown(wait=False, kill_workers=True)
         os._exit(128 + number)
 
-    before = None
-    if "joblib" in sys.modules:
-        before = signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
