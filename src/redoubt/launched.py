@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,14 +49,12 @@ def workers_end_too(sweep: Sweep, cells: Iterable[str]) -> Iterator[None]:
 
     def end(number: int, frame: Any) -> None:
         loky = sys.modules.get("joblib.externals.loky.reusable_executor")
-        executor = getattr(loky, "_executor", None)
-        for worker in list(getattr(executor, "_processes", None) or ()):
-            os.kill(worker, signal.SIGTERM)
+        workers = list(getattr(getattr(loky, "_executor", None), "_processes", None) or ())
+        _send(workers, signal.SIGTERM)
         until = time.monotonic() + GRACE
         while time.monotonic() < until and any(not sweep.free(key) for key in cells):
             time.sleep(0.2)
-        if executor is not None:
-            executor.shutdown(wait=False, kill_workers=True)
+        _send(workers, signal.SIGKILL)  # they would ask for the next cell
         os._exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
@@ -64,3 +62,9 @@ def workers_end_too(sweep: Sweep, cells: Iterable[str]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _send(workers: Iterable[int], number: int) -> None:
+    for worker in workers:
+        with suppress(ProcessLookupError):
+            os.kill(worker, number)
