@@ -316,7 +316,7 @@ def test_load_refuses_other_files(store: Callable[[str], str], tmp_path: Path, s
 def test_help_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
-    for argv, says in ((["--help"], "export  write a finished run's net"), (["export", "--help"], "\nto: null")):
+    for argv, says in ((["--help"], "write a finished run's net"), (["export", "--help"], "\nto: null")):
         command = [sys.executable, "-m", "redoubt.cli", *argv]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
         assert says in done.stdout
