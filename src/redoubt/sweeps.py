@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ class Sweep:
         self.folder, self.name = folder, folder.name
         self.outputs = folder.parent.parent
 
+    @cached_property
+    def by(self) -> str:
+        """`written`, read once: for every cell of a large grid the files of all configs would be read again."""
+        return written()
+
     @property
     def plan(self) -> dict[str, Any]:
         """``cells``: {key: overrides}; ``evaluations``: override lists."""
@@ -76,7 +82,7 @@ class Sweep:
     def done(self, key: str, evaluations: Sequence[Sequence[str]]) -> bool:
         """Whether a cell is finished, by this code and these configs, with all these evaluations."""
         record = self.record(key)
-        if record["state"] != "done" or record["by"] != written():
+        if record["state"] != "done" or record["by"] != self.by:
             return False
         if not all(_name(e) in record["evaluations"] for e in evaluations):
             return False
@@ -106,7 +112,7 @@ class Sweep:
         with self.hold(key, timeout=0.3):  # `locked` of another process holds it for a moment
             file = self.folder / "cells" / f"{key}.json"
             began = time.monotonic()
-            noted: dict[str, Any] = {"overrides": self.plan["cells"].get(key), "pid": os.getpid(), "by": written()}
+            noted: dict[str, Any] = {"overrides": self.plan["cells"].get(key), "pid": os.getpid(), "by": self.by}
             noted |= {"host": socket.gethostname(), "started": _now(), "evaluations": [_name(e) for e in evaluations]}
             write_json(file, {**noted, "state": "running"})
             noted["state"] = "interrupted"

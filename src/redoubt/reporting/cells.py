@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from redoubt.errors import UserError
 from redoubt.reporting.published import Published, Row, published
 
 DATA = {
@@ -219,14 +220,23 @@ def experiment_name(table: Published, row: Row, data: str, model: str) -> str:
     return f"{paper}/{'t' if rest[0].isdigit() else ''}{rest}_{data}_{model}_{method}"
 
 
+def known(table: Published) -> Iterator[tuple[str, Row, Cell]]:
+    """The rows of a table that are cells of ours, each with the name of its experiment or what stands for it."""
+    for row in table.rows:
+        found = cell(table, row)
+        if isinstance(found, Cell):
+            yield found.experiment or f"{table.id}: {row.dataset}, {row.model}, {row.method}", row, found
+
+
+def none_of_ours(table: str) -> UserError:
+    """Of a table without a cell of ours."""
+    return UserError(f"table={table}: none of its rows is a cell of ours; take one of {', '.join(WITH_EXPERIMENTS)}")
+
+
 def experiments() -> dict[str, tuple[Published, Row, Cell]]:
     """Every published row that has a file in conf/experiment/, by its name there."""
-    found = {}
-    for table in map(published().__getitem__, WITH_EXPERIMENTS):
-        for row in table.rows:
-            if isinstance(known := cell(table, row), Cell) and known.experiment:
-                found[known.experiment] = (table, row, known)
-    return found
+    tables = map(published().__getitem__, WITH_EXPERIMENTS)
+    return {name: (table, row, found) for table in tables for name, row, found in known(table)}
 
 
 def _sensitivity(table: str, method: str) -> Method | None:

@@ -118,11 +118,6 @@ class Record:
         found = [(p.parent, read_json(p)) for p in sorted((self.run.folder / "audit").glob("*/audit.json"))]
         return [(folder, report) for folder, report in found if report is not None]
 
-    def best(self, metric: str, attack: str | None = None) -> Evaluation | None:
-        """The newest evaluation that has a metric, of a suite by its name where one is asked for."""
-        fitting = (e for e in self.evaluations if metric in e.results["metrics"] and attack in (None, e.attack))
-        return next(fitting, None)
-
 
 def records(outputs: Path | str) -> list[Record]:
     """Every readable run of a store, by name.

@@ -17,7 +17,7 @@ COMMANDS = {
     "html": ("redoubt.reporting.page", "one page of all runs that needs no server and no network"),
     "tables": ("redoubt.reporting.tables", "the papers' tables beside our cells: Markdown, LaTeX, CSV"),
     "plot": ("redoubt.reporting.plots", "a figure as PNG and PDF"),
-    "plan": ("redoubt.reporting.tables", "commands, missing runs and GPU hours of a published table"),
+    "plan": ("redoubt.reporting.costs", "commands, missing runs and GPU hours of a published table"),
     "wandb": ("redoubt.reporting.dashboard", "the W&B workspace and report, or their specification"),
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from redoubt.errors import UserError
-from redoubt.reporting.cells import WITH_EXPERIMENTS, Cell, Measure, cell, measure
+from redoubt.reporting.cells import WITH_EXPERIMENTS, Cell, Measure, known, measure, none_of_ours
 from redoubt.reporting.collect import Record, records
 from redoubt.reporting.match import composed, recipe
 from redoubt.reporting.protocol import nearest
@@ -116,7 +116,7 @@ def plan(
     for name in WITH_EXPERIMENTS if table is None else [table]:
         _add_jobs(jobs, find(name), as_whole(seeds, "seeds"))
     if not jobs:
-        raise UserError(f"table={table}: none of its rows is a cell of ours; take one of {', '.join(WITH_EXPERIMENTS)}")
+        raise none_of_ours(str(table))
     _find_runs(jobs, there)
     _add_natural_runs(jobs, there)
     _show(list(jobs.values()), there, given)
@@ -124,15 +124,11 @@ def plan(
 
 def _add_jobs(jobs: dict[str, Job], table: Published, seeds: int) -> None:
     """The runs of a table; rows that are one run are one job."""
-    for row in table.rows:
-        known = cell(table, row)
-        if isinstance(known, str):
-            continue
+    for name, row, found in known(table):
         measures = [measure(table, value.metric) for value in row.values]
-        wanted = [(m.parts, known.overrides(m.suite)) for m in measures if isinstance(m, Measure)]
-        name = known.experiment or f"{table.id}: {row.dataset}, {row.model}, {row.method}"
+        wanted = [(m.parts, found.overrides(m.suite)) for m in measures if isinstance(m, Measure)]
         for seed in range(seeds):
-            job = Job(name + (f" seed={seed}" if seed else ""), known, seed)
+            job = Job(name + (f" seed={seed}" if seed else ""), found, seed)
             jobs.setdefault(job.key, job).wanted.extend(wanted)
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from redoubt.reporting.series import spans_decades
 from redoubt.runs.files import atomic, write_text
 
 
@@ -29,17 +30,14 @@ def curve(
     writer.writerows(zip(x, y, strict=True))
     write_text(folder / f"{name}.csv", text.getvalue())
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state
-    from matplotlib.figure import Figure
+    from redoubt.reporting.drawings import blank  # matplotlib, which takes half a second
 
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, [axes] = blank(1, 1, width=5, height=3.4)
     axes.plot(x, [100 * v for v in y], marker="o", markersize=4, linewidth=1.6, color="#1f5fa8")
     if mark:
         axes.axvline(mark, color="#b0413e", linewidth=1, linestyle="--", label=f"threat model ({mark:.4g})")
         axes.legend(frameon=False)
-    if min(v for v in x if v > 0) * 20 < max(x):
+    if spans_decades(x):
         smallest = min(v for v in x if v > 0)
         axes.set_xscale("symlog", linthresh=smallest)
         axes.set_xlim(left=0 if min(x) == 0 else smallest)

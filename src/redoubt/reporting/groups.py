@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import statistics
@@ -13,7 +12,7 @@ from typing import Any
 
 from redoubt.reporting.collect import CELL, Evaluation, Record
 from redoubt.reporting.table import threat
-from redoubt.runs.identity import EXCLUDED, canonical, deciding, leaves
+from redoubt.runs.identity import EXCLUDED, deciding, digest, leaves
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,8 @@ def protocol(evaluation: Evaluation) -> Protocol:
         special += ", {weights} weights of {checkpoint}".format(**evaluation.results)
     settings, found = evaluation.settings, evaluation.results.get("threat") or {"norm": None, "eps": None}
     rounded = (settings.get("evaluation") or {}).get("save") == "uint8"
-    decisive = canonical({"attack": settings.get("attack"), "rounded": rounded or None, "special": special or None})
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:6]
-    return Protocol(evaluation.attack, found["norm"], found["eps"], digest, special)
+    decisive = {"attack": settings.get("attack"), "rounded": rounded or None, "special": special or None}
+    return Protocol(evaluation.attack, found["norm"], found["eps"], digest(decisive)[:6], special)
 
 
 def protocols(records: Iterable[Record]) -> dict[Protocol, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ import wandb_workspaces.reports.v2 as wr
 
 from redoubt.reporting.collect import Record
 from redoubt.reporting.table import title
-from redoubt.runs.identity import deciding
+from redoubt.runs.identity import deciding, leaves
 
 #: Hyper-parameters of the defenses that a sweep looks at first, and the most that one panel takes.
 FIRST = ("defense.lambda_sep", "defense.lambda_rec", "defense.tau")
@@ -63,8 +64,9 @@ class DataSet:
         """Numbers of the config that decide weights and differ among the runs; the defenses' own first."""
         values: dict[str, set[float]] = {}
         for run in self.runs:
-            for key, value in _numbers(deciding(run.config)):
-                values.setdefault(key, set()).add(value)
+            for key, text in leaves(deciding(run.config)).items():
+                if isinstance(value := json.loads(text), float):
+                    values.setdefault(key, set()).add(value)
         varied = [key for key, found in values.items() if len(found) > 1 and key not in (*FIRST, "seed")]
         own = [key for key in FIRST if key in values]
         return [*own, *sorted(varied, key=lambda k: (not k.startswith("defense."), k))][:MOST]
@@ -80,14 +82,6 @@ class DataSet:
 def scores_of(suite: str, robust: str) -> tuple[str, str]:
     """Summary keys of natural and robust accuracy."""
     return f"eval/{suite}/natural", f"eval/{suite}/{robust}"
-
-
-def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, float):
-            yield f"{prefix}{key}", value
 
 
 # ---- panels by section ------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,7 @@ def newest_audit(record: Record) -> tuple[Any, dict[str, Any]] | None:
     return max(record.audits, key=lambda a: (a[0] / "audit.json").stat().st_mtime, default=None)
 
 
-def spans_decades(values: list[float]) -> bool:
+def spans_decades(values: Sequence[float]) -> bool:
     """Whether positive values are better looked at on a logarithmic axis (20 times from least to most)."""
     positive = [v for v in values if v > 0]
     return len(positive) > 1 and min(values) >= 0 and min(positive) * 20 < max(positive)

@@ -9,14 +9,11 @@ from pathlib import Path
 from redoubt.errors import UserError, did_you_mean
 from redoubt.reporting.cells import Cell, Measure, cell, measure
 from redoubt.reporting.collect import records
-from redoubt.reporting.costs import plan
 from redoubt.reporting.match import Group, Match, Ours, groups, spread
 from redoubt.reporting.ours import OURS, store_sheets
 from redoubt.reporting.published import Published, Row, Value, find, published
 from redoubt.reporting.sheet import Sheet, wide_console
 from redoubt.runs.files import write_text
-
-__all__ = ["plan", "tables"]
 
 FORMATS = ("md", "tex", "csv")
 

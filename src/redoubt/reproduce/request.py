@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
 
 from redoubt.errors import UserError, did_you_mean
-from redoubt.reporting.cells import WITH_EXPERIMENTS, Cell, cell
+from redoubt.reporting.cells import WITH_EXPERIMENTS, Cell, known, none_of_ours
 from redoubt.reporting.match import composed
 from redoubt.reporting.published import Published, Row, find
 from redoubt.sweeps import judges
@@ -166,29 +166,21 @@ def _flag(own: Mapping[str, str], key: str) -> bool:
 
 def _rows(table: Published, wanted: str | None) -> dict[str, tuple[Row, Cell]]:
     """The rows that a pattern, or one of a list in brackets, is found in; all that are cells of ours where None."""
-    known = dict(_known(table))
-    if not known:
-        tables = ", ".join(WITH_EXPERIMENTS)
-        raise UserError(f"table={table.id}: none of its rows is a cell of ours; take one of {tables}")
+    rows = {name: (row, found) for name, row, found in known(table)}
+    if not rows:
+        raise none_of_ours(table.id)
     if wanted is None:
-        return known
+        return rows
     listed = wanted[1:-1].split(",") if wanted.startswith("[") and wanted.endswith("]") else [wanted]
-    chosen = {name for pattern in listed for name in _fitting(pattern.strip(), table, known)}
-    return {name: found for name, found in known.items() if name in chosen}
+    chosen = {name for pattern in listed for name in _fitting(pattern.strip(), table, rows)}
+    return {name: found for name, found in rows.items() if name in chosen}
 
 
-def _known(table: Published) -> Iterator[tuple[str, tuple[Row, Cell]]]:
-    for row in table.rows:
-        found = cell(table, row)
-        if isinstance(found, Cell):
-            yield found.experiment or f"{table.id}: {row.dataset}, {row.model}, {row.method}", (row, found)
-
-
-def _fitting(pattern: str, table: Published, known: Iterable[str]) -> list[str]:
+def _fitting(pattern: str, table: Published, names: Iterable[str]) -> list[str]:
     try:
-        found = [name for name in known if pattern and re.search(pattern, name)]
+        found = [name for name in names if pattern and re.search(pattern, name)]
     except re.error as error:
         raise UserError(f"rows={pattern} is no regular expression: {error}") from error
     if not found:
-        raise UserError(f"rows={pattern}: no row of {table.id} is named so{did_you_mean(pattern, known)}")
+        raise UserError(f"rows={pattern}: no row of {table.id} is named so{did_you_mean(pattern, names)}")
     return found
