@@ -1,0 +1,71 @@
+"""What the framework costs beside the published algorithms as their authors run them, and beside the arithmetic itself.
+
+    python benchmarks/bench.py [parts=craft,step] [model=resnet18,wrn34_10 batch=32,4] [pairs=5] [to=results.json]
+
+All keys: ``benchmarks/options.py``; how to read the results: ``benchmarks/README.md``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from benchmarks import loading, profiling, scaling, starting, suites, training, write
+from benchmarks.machine import describe, matrix_rate
+from benchmarks.measure import Section
+from benchmarks.options import Options, read
+from benchmarks.ours import CELLS
+
+from redoubt.errors import UserError
+from redoubt.training.trainer import quiet_lightning
+
+PARTS: dict[str, Callable[[Options], Section]] = {
+    "craft": training.craft,
+    "step": training.step,
+    "data": loading.data,
+    "suite": suites.suites,
+    "start": starting.start,
+    "memory": training.memory,
+    "scaling": scaling.scaling,
+    "profile": profiling.profiled,
+}
+
+
+def main(words: Sequence[str]) -> list[Section]:
+    """Measures the chosen parts, shows and writes them."""
+    o = read(words, CELLS)
+    torch.set_num_threads(o.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    quiet_lightning()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    results = {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/bench.py", *words]),
+        "machine": describe(o.device),
+        "matrix_rate": {p: matrix_rate(o.device, training.DTYPES[p], o.batch) / 1e9 for p in o.precisions},
+    }
+    sections = []
+    for name in o.parts:
+        sections.append(PARTS[name](o))
+        write.show(sections[-1])
+        if o.to:  # after each part: a long run that is broken off has not been in vain
+            write.as_json(Path(o.to), results, sections)
+        if o.markdown:
+            write.as_markdown(Path(o.markdown), results, sections)
+    return sections
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"bench: {error}")
