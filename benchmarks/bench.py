@@ -9,34 +9,36 @@ from __future__ import annotations
 
 import datetime
 import os
+import pkgutil
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from benchmarks import loading, profiling, scaling, starting, suites, training, write
-from benchmarks.machine import describe, matrix_rate
+from benchmarks import write
+from benchmarks.machine import DTYPES, describe, matrix_rate
 from benchmarks.measure import Section
-from benchmarks.options import Options, read
+from benchmarks.options import read
 from benchmarks.ours import CELLS
 
 from redoubt.errors import UserError
 from redoubt.training.trainer import quiet_lightning
 
-PARTS: dict[str, Callable[[Options], Section]] = {
-    "craft": training.craft,
-    "step": training.step,
-    "data": loading.data,
-    "suite": suites.suites,
-    "start": starting.start,
-    "memory": training.memory,
-    "scaling": scaling.scaling,
-    "profile": profiling.profiled,
+#: Imported when they are asked for: child processes of ``scaling`` import this file too.
+PARTS = {
+    "craft": "benchmarks.training:craft",
+    "step": "benchmarks.training:step",
+    "data": "benchmarks.loading:data",
+    "suite": "benchmarks.suites:suites",
+    "start": "benchmarks.starting:start",
+    "memory": "benchmarks.training:memory",
+    "scaling": "benchmarks.scaling:scaling",
+    "profile": "benchmarks.profiling:profiled",
 }
 
 
@@ -51,11 +53,11 @@ def main(words: Sequence[str]) -> list[Section]:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/bench.py", *words]),
         "machine": describe(o.device),
-        "matrix_rate": {p: matrix_rate(o.device, training.DTYPES[p], o.batch) / 1e9 for p in o.precisions},
+        "matrix_rate": {p: matrix_rate(o.device, DTYPES[p], o.batch) / 1e9 for p in o.precisions},
     }
     sections = []
     for name in o.parts:
-        sections.append(PARTS[name](o))
+        sections.append(pkgutil.resolve_name(PARTS[name])(o))
         write.show(sections[-1])
         if o.to:  # after each part: a long run that is broken off has not been in vain
             write.as_json(Path(o.to), results, sections)

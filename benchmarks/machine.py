@@ -14,6 +14,7 @@ from benchmarks.measure import seconds_on
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 #: (C_out, 9 C_in, H W) of the 3x3 convolutions of ResNet-18's four stages, 32x32 images: as products of matrices.
 CONVOLUTIONS = ((64, 576, 1024), (128, 1152, 256), (256, 2304, 64), (512, 4608, 16))
 
@@ -37,7 +38,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, batch: int, least: float = 0.2) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, batch: int, least: float = 0.1) -> float:
     """FLOP/s of the fastest matrix product among the convolutions' shapes.
 
     Args:

@@ -80,7 +80,7 @@ class Pair:
 
     def autoattack(self) -> Verdicts:
         attack = pyautoattack.AutoAttack(
-            self.theirs, eps=self.eps, seed=library_seed(0, 0), version="standard", device=self.o.device, verbose=False
+            self.theirs, eps=self.eps, seed=library_seed(0, 0), version="standard", device=self.o.device
         )
         labels = attack.run_standard_evaluation(self.x, self.y, batch_size=self.o.images)[1]
         return {"autoattack": (labels == self.y).cpu()}

@@ -6,10 +6,9 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
-import torch
 from benchmarks import ours
 from benchmarks.libraries import LIBRARIES
-from benchmarks.machine import flops, matrix_rate
+from benchmarks.machine import DTYPES, flops, matrix_rate
 from benchmarks.measure import Call, Row, Section, alternate, compared, peak_memory_on, ratio, seconds_on
 from benchmarks.options import Options
 from benchmarks.peer_defenses import PEERS
@@ -19,7 +18,6 @@ from redoubt.build import build_module
 from redoubt.data import Batch
 from redoubt.defenses import RobustModule
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 #: The framework's call, and a peer's.
 Work = tuple[Callable[[Options, RobustModule, Batch, str], object], Callable[[PGDAT, Batch], object]]
 CRAFT: Work = (ours.craft, lambda peer, batch: peer.craft(batch.x, batch.y))
@@ -35,7 +33,7 @@ def craft(o: Options) -> Section:
         gflop, _ = counted(o, "at", model, size, CRAFT)
         sides = built(o, "at", model, size, CRAFT)
         readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds)
-        rows = with_limit(o, size, compared(readings, first_of(o)), gflop)
+        rows = with_limit(o, limits(o, size), compared(readings, first_of(o)), gflop)
         section.rows += [{"model": model, "batch": size, **row} for row in rows]
     return section
 
@@ -47,9 +45,10 @@ def step(o: Options) -> Section:
     counts = {cell: counted(o, cell, o.model, o.batch, STEP) for cell in o.cells}
     sides = {(cell, name): call for cell in o.cells for name, call in built(o, cell, o.model, o.batch, STEP).items()}
     readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds * len(o.cells))
+    rates = limits(o, o.batch)
     for cell, (gflop, passes) in counts.items():
         own = {name: values for (of, name), values in readings.items() if of == cell}
-        for row in with_limit(o, o.batch, compared(own, first_of(o)), gflop):
+        for row in with_limit(o, rates, compared(own, first_of(o)), gflop):
             base = readings.get(("at", row["side"]))
             row["of at"] = None if base is None else ratio(own[row["side"]], base)
             section.rows.append({"cell": cell, **row, **(passes if row["side"] == first_of(o) else {})})
@@ -118,9 +117,13 @@ def first_of(o: Options) -> str:
     return f"ours, {o.precisions[0]}"
 
 
-def with_limit(o: Options, batch: int, rows: list[Row], gflop: Mapping[str, float]) -> list[Row]:
+def limits(o: Options, batch: int) -> dict[str, float]:
+    """GFLOP/s of matrix products in each precision that a side has."""
+    return {p: matrix_rate(o.device, DTYPES[p], batch) / 1e9 for p in dict.fromkeys(("float32", *o.precisions))}
+
+
+def with_limit(o: Options, rates: Mapping[str, float], rows: list[Row], gflop: Mapping[str, float]) -> list[Row]:
     """Adds each side's operations, and the share of its time that ours would take at the matrix rate."""
-    rates = {p: matrix_rate(o.device, DTYPES[p], batch) / 1e9 for p in {"float32", *o.precisions}}
     for row in rows:
         rate = rates["bf16" if row["side"].endswith("bf16") else "float32"]
         row["GFLOP"], row["share"] = gflop[row["side"]], gflop[first_of(o)] / rate / row["median"]

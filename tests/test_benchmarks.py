@@ -131,10 +131,11 @@ def test_keys() -> None:
     refused(lambda: read(["steps"], ours.CELLS), "key=value")
 
 
-def test_the_parts(tmp_path: Path) -> None:
+def test_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part that starts no process, on a tiny net."""
-    from benchmarks import bench, libraries
+    from benchmarks import bench, libraries, loading
 
+    monkeypatch.setattr(loading, "IMAGES", 64)
     threads = torch.get_num_threads()
     words = ["model=resnet_small", "batch=4", "pairs=1", "threads=1", "precision=float32", "cells=at,cure", "workers=0",
              "images=4", "suites=fgsm", "parts=craft,step,memory,data,suite,profile", *TINY]  # fmt: skip
@@ -149,7 +150,8 @@ def test_the_parts(tmp_path: Path) -> None:
     ]  # fmt: skip
     at, authors = rows["step"][:2]
     assert at["GFLOP"] == authors["GFLOP"] > 0
-    assert at["share"] == pytest.approx(at["GFLOP"] / results["matrix_rate"]["float32"] / at["median"], rel=3)
+    rate = at["GFLOP"] / at["median"] / at["share"]
+    assert 0.2 < rate / results["matrix_rate"]["float32"] < 5  # measured twice, on a machine that may be busy
     assert (at["forward"], at["backward"]) == (4, 4)
     assert rows["suite"][0]["agree"] == "8 of 8"
     for row in rows["profile"]:
