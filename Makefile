@@ -35,9 +35,9 @@ lint: setup  ## ruff and mypy
 	.venv/bin/ruff format --check src tests benchmarks notebooks
 	.venv/bin/mypy src
 
-bench: setup  ## the framework's own cost over a bare loop, the suite's beside torchattacks
-	$(PY) benchmarks/overhead.py batch=128 steps=2 pairs=5
-	$(PY) benchmarks/suite.py
+bench: setup  ## what the framework costs beside the papers' own ways and beside the arithmetic (minutes)
+	$(PY) benchmarks/bench.py model=resnet18,wrn34_10 batch=32,4 pairs=5 seconds=20 \
+		to=outputs/bench.json markdown=outputs/bench.md
 
 lock: | $(filter .tools/bin/uv,$(UV))  ## compile requirements.lock anew
 	$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --generate-hashes \

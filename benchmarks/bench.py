@@ -1,0 +1,73 @@
+"""What the framework costs beside the published algorithms as their authors run them, and beside the arithmetic itself.
+
+    python benchmarks/bench.py [parts=craft,step] [model=resnet18,wrn34_10 batch=32,4] [pairs=5] [to=results.json]
+
+All keys: ``benchmarks/options.py``; how to read the results: ``benchmarks/README.md``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pkgutil
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from benchmarks import write
+from benchmarks.machine import DTYPES, describe, matrix_rate
+from benchmarks.measure import Section
+from benchmarks.options import read
+from benchmarks.ours import CELLS
+
+from redoubt.errors import UserError
+from redoubt.training.trainer import quiet_lightning
+
+#: Imported when they are asked for: child processes of ``scaling`` import this file too.
+PARTS = {
+    "craft": "benchmarks.training:craft",
+    "step": "benchmarks.training:step",
+    "data": "benchmarks.loading:data",
+    "suite": "benchmarks.suites:suites",
+    "start": "benchmarks.starting:start",
+    "memory": "benchmarks.training:memory",
+    "scaling": "benchmarks.scaling:scaling",
+    "profile": "benchmarks.profiling:profiled",
+}
+
+
+def main(words: Sequence[str]) -> list[Section]:
+    """Measures the chosen parts, shows and writes them."""
+    o = read(words, CELLS)
+    torch.set_num_threads(o.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    quiet_lightning()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    results = {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/bench.py", *words]),
+        "machine": describe(o.device),
+        "matrix_rate": {p: matrix_rate(o.device, DTYPES[p], o.batch) / 1e9 for p in o.precisions},
+    }
+    sections = []
+    for name in o.parts:
+        sections.append(pkgutil.resolve_name(PARTS[name])(o))
+        write.show(sections[-1])
+        if o.to:  # after each part: a long run that is broken off has not been in vain
+            write.as_json(Path(o.to), results, sections)
+        if o.markdown:
+            write.as_markdown(Path(o.markdown), results, sections)
+    return sections
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"bench: {error}")

@@ -1,0 +1,81 @@
+"""What computes, how fast it multiplies matrices, and how many operations a call has."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.measure import seconds_on
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+#: (C_out, 9 C_in, H W) of the 3x3 convolutions of ResNet-18's four stages, 32x32 images: as products of matrices.
+CONVOLUTIONS = ((64, 576, 1024), (128, 1152, 256), (256, 2304, 64), (512, 4608, 16))
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine and its software; no names of hosts or users."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    found = {
+        "cpu": ", ".join(sorted(models)) or platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, batch: int, least: float = 0.1) -> float:
+    """FLOP/s of the fastest matrix product among the convolutions' shapes.
+
+    Args:
+        device: Where.
+        dtype: Of factors and product.
+        batch: Images: the products are [C_out, 9 C_in] x [9 C_in, batch H W].
+        least: Seconds for which each shape is tried; its fastest product counts.
+    """
+    clock, best = seconds_on(device), 0.0
+    for m, k, pixels in CONVOLUTIONS:
+        n = batch * pixels
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+        out = torch.empty(m, n, device=device, dtype=dtype)
+        torch.mm(a, b, out=out)
+        until = time.monotonic() + least
+        while time.monotonic() < until:
+            best = max(best, 2 * m * k * n / clock(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)))
+    return best
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Floating-point operations of a call's convolutions and matrix products, a multiply-add being two."""
+    with _Counter() as counter:
+        call()
+    return counter.total
+
+
+class _Counter(TorchDispatchMode):
+    """torch's formulas without its tracking of modules, whose hooks forbid gradients with respect to a net's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
