@@ -55,9 +55,11 @@ class Pair:
         g = torch.Generator().manual_seed(0)
         self.images = torch.randint(256, (o.images, 3, size, size), generator=g, dtype=torch.uint8)
         self.x = (self.images.float() / 255).to(o.device)
+        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0  # statistics of these images, or a fresh net's logits would hardly depend on them
         with torch.no_grad():
-            for _ in range(3):  # BatchNorm's statistics are of these images, or all predictions would be one class
-                net.train()(self.x)
+            net.train()(self.x)
             self.y = self.module.eval().net(self.x).argmax(1)
         self.theirs = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
         self.fsr = suite(plain(cfg.attack))

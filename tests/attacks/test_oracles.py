@@ -40,6 +40,9 @@ class Module(nn.Module):
     def logits(self, x):
         return self.net(x)
 
+    def folded(self, x):
+        return contextlib.nullcontext()
+
 
 class Double(Module):
     """Images are float32, as everywhere; no rounding of the net may decide a verdict."""

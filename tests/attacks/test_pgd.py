@@ -441,3 +441,34 @@ def test_wants_no_global_random_numbers_with_a_generator():
     PGD(eps=0.1).start_point(images(), generator=torch.Generator().manual_seed(0))
     assert torch.equal(state, torch.get_rng_state())
     assert math.isclose(PGD(eps="8/255").eps, 8 / 255)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 7, 50])
+def test_settling_is_the_same_with_less_work(norm, steps):
+    """Of a bowl whose bottom lies inside some balls: there the iterates go to and fro, elsewhere they reach a corner."""
+    g = torch.Generator().manual_seed(0)
+    x, curved = torch.rand(6, 1, 4, 4, generator=g), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    goal = x + 0.05 * torch.randn(x.shape, generator=g)
+    slope = torch.randn(x.shape, generator=g)
+    passes = {"plain": 0, "settling": 0}
+
+    def loss_of(rows, side="settling"):
+        def loss(adv):
+            passes[side] += len(adv)
+            bowl = ((adv - goal[rows]) ** 2).flatten(1).sum(1)
+            return -curved[rows] * bowl + (1 - curved[rows]) * (adv * slope[rows]).flatten(1).sum(1)
+
+        return loss
+
+    attack = PGD(eps=0.1, norm=norm, steps=steps, step=0.3, start="uniform", sigma=0.01)
+    start = attack.start_point(x, generator=g)
+    plain = attack(loss_of(torch.arange(6), "plain"), x, start=start)
+    settled = attack.settling(loss_of, x, start=start)
+    assert torch.equal(plain, settled)
+    assert passes["plain"] == 6 * steps
+    assert passes["settling"] <= passes["plain"] * (0.9 if steps == 50 else 1)
+    if steps:
+        probe = start.clone().requires_grad_(True)
+        (first,) = torch.autograd.grad(loss_of(torch.arange(6), "plain")(probe).sum(), probe)
+        assert torch.equal(plain, attack.settling(loss_of, x, start=start, first=first))

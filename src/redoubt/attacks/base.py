@@ -60,6 +60,8 @@ class Attack:
     cost: float = 1.0
     #: Whether it differentiates the logits.
     needs_gradients: bool = True
+    #: Whether examples may be crafted on the net with BatchNorm folded into its convolutions, which rounds otherwise.
+    folds: bool = False
     #: Of an adapter: the library and its version, for another version may find other examples.
     library: str | None = None
     #: What decides the examples, of an attack that is one of several that a function made.

@@ -15,6 +15,10 @@ from redoubt.units import as_number
 LossOfX = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 PerExample = float | Tensor
 
+#: How often `PGD.settling` looks for examples that repeat themselves: it finds periods of 1, 2 and 4 steps, which
+#: nearly all have that repeat themselves at all.
+PERIOD = 4
+
 
 class PGD:
     """Raises a loss of x by signed (linf) or normalised (l2) gradient steps, projected after each step.
@@ -161,6 +165,50 @@ class PGD:
             best.see(adv, *_loss_and_done(loss_of_x, adv))
         assert best.adv is not None
         return best.adv
+
+
+    def settling(
+        self,
+        loss_of: Callable[[Tensor], LossOfX],
+        x: Tensor,
+        *,
+        start: Tensor | None = None,
+        steps: int | None = None,
+        first: Tensor | None = None,
+    ) -> Tensor:
+        """The same examples with less work where the loss is deterministic: those that repeat themselves are left alone.
+
+        Signed steps of one size soon move an example to and fro between a few points. Once an iterate equals the one
+        four steps earlier it will equal the last one, if only their numbers differ by a multiple of four.
+
+        Args:
+            loss_of: Maps the numbers of some examples [b] to their loss (of examples [b, C, H, W] to [b]).
+            x, start, steps, first: As above.
+
+        Returns:
+            Detached examples [B, C, H, W].
+        """
+        x = x.detach()
+        steps = self.steps if steps is None else steps
+        adv = (self.start_point(x) if start is None else start).detach()
+        if not steps:
+            return self.ball.projection(x, self.eps)(adv.clone())
+        last, left = torch.empty_like(adv), torch.arange(len(x), device=x.device)
+        loss, project, earlier = loss_of(left), self.ball.projection(x, self.eps), None
+        for k in range(steps):
+            if (steps - k) % PERIOD == 0:
+                moving = None if earlier is None else (adv != earlier).flatten(1).any(1)
+                if moving is not None and not moving.all():
+                    last[left] = adv
+                    left, adv = left[moving], adv[moving]
+                    if not len(left):
+                        return last
+                    loss, project = loss_of(left), self.ball.projection(x[left], self.eps)
+                earlier = adv
+            gradient = first if k == 0 and first is not None else _ascend(loss, adv)[2]
+            adv = project(adv + self.step_size * self.ball.direction(gradient))
+        last[left] = adv
+        return last
 
 
 class _Best:

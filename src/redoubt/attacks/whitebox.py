@@ -49,6 +49,8 @@ class WhiteBox(Attack):
         UserError: A value out of range, or options that contradict each other.
     """
 
+    folds = True
+
     def __init__(
         self,
         *,
@@ -105,8 +107,8 @@ class WhiteBox(Attack):
             after: Where another attack of the same ``path`` has come from the same images.
         """
         if after is not None:
-            return self.pgd(
-                lambda adv: self.raised(logits(adv), y),
+            return self.pgd.settling(
+                lambda rows: lambda adv: self.raised(logits(adv), y[rows]),
                 x,
                 start=after.adv,
                 steps=self.steps - after.steps,
@@ -150,7 +152,12 @@ class WhiteBox(Attack):
                 return loss
             return loss, torch.stack([z.detach() for z in passes]).mean(0).argmax(1) != y
 
-        return self.pgd(loss_of_x, x, start=start)
+        if self.keep_best or self.eot > 1:
+            return self.pgd(loss_of_x, x, start=start)
+        numbers = torch.arange(len(y), device=y.device) if isinstance(rows, slice) else rows
+        return self.pgd.settling(
+            lambda some: lambda adv: raised(logits(adv), y[some], numbers[some]), x, start=start
+        )
 
     def raised(self, z: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
         """The loss [B] of logits [B, K] and labels [B] that the attack raises."""

@@ -14,6 +14,7 @@ from redoubt.defenses.module import RobustModule, at_least_float32
 from redoubt.errors import UserError
 from redoubt.nets import Backbone, attack_mode, load_weights
 from redoubt.objectives.base import wrong_label
+from redoubt.training.compiling import compiled
 from redoubt.units import as_number
 
 #: (f1, f2, z2): the robust and the non-robust feature [B, d], and the latter's logits [B, K].
@@ -110,7 +111,7 @@ class AFD(RobustModule):
         self.alpha, self.beta, self.gamma = float(alpha), float(beta), float(gamma)
         self.joint = update == "joint"
         if rest.get("compile"):
-            self.teach = torch.compile(self.teach)  # type: ignore[method-assign]
+            self.teach = compiled(self.teach, rest["compile"])  # type: ignore[method-assign]
 
     @property
     def head(self) -> DisentangledHead:

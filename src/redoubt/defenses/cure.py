@@ -19,6 +19,7 @@ from redoubt.defenses.gradients import Gradient
 from redoubt.defenses.module import RobustModule, at_least_float32
 from redoubt.errors import UserError
 from redoubt.objectives.base import kl_per_example
+from redoubt.training.compiling import compiled
 from redoubt.units import as_number
 
 #: What is never masked unless ``exempt`` says otherwise: the tensors that the paper's Figure 6 does not list; those of
@@ -135,7 +136,7 @@ class CURE(RobustModule):
         self.decay, self.decay_warmup, self.warmup_epochs = numbers["decay"], decay_warmup, numbers["warmup_epochs"]
         self.revision = copy.deepcopy(self.net).requires_grad_(False)
         if rest.get("compile"):
-            self.revise = torch.compile(self.revise)  # type: ignore[method-assign]
+            self.revise = compiled(self.revise, rest["compile"])  # type: ignore[method-assign]
         patterns = EXEMPT[self.criterion] if exempt is None else (exempt,) if isinstance(exempt, str) else exempt
         if not isinstance(patterns, Sequence) or not all(isinstance(entry, str) for entry in patterns):
             raise UserError(f"defense.exempt={exempt!r} must be a name, a regular expression or a list of them")

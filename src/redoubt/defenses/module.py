@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,9 +20,10 @@ from redoubt.defenses.awp import AWP
 from redoubt.defenses.gradients import Gradient, Losses, Share
 from redoubt.defenses.tally import Tally, Watch
 from redoubt.errors import UserError
-from redoubt.nets import attack_mode, load_weights
+from redoubt.nets import Folding, attack_mode, load_weights
 from redoubt.objectives import Objective
 from redoubt.rng import generator
+from redoubt.training.compiling import compiled
 from redoubt.training.ema import EMA
 from redoubt.training.schedule import Schedule
 
@@ -49,8 +51,9 @@ class RobustModule(LightningModule):
         ema_decay, ema_warmup: Weight averaging; None switches it off.
         awp_rho, awp_warmup: Adversarial weight perturbation and the epochs before it begins; None switches it off.
         weights: Which weights are validated and evaluated, one of ``weight_sets``.
-        compile: Compile the net (torch.compile).
+        compile: Whether the net is compiled (torch.compile), or in which mode.
         channels_last: Memory format of net and images.
+        fold: Attacks go through convolution and BatchNorm as one; never where the net is compiled.
     """
 
     #: Bases that the defense is defined with.
@@ -77,8 +80,9 @@ class RobustModule(LightningModule):
         awp_rho: float | None = None,
         awp_warmup: float | None = None,
         weights: str = "student",
-        compile: bool = False,
+        compile: bool | str = False,
         channels_last: bool = False,
+        fold: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -104,14 +108,9 @@ class RobustModule(LightningModule):
         self.steps_done = 0
         self.share: Share | None = None
         self.tally, self.watch = Tally(), Watch()
+        self.fold, self.folding = fold and not compile, cast(Folding | None, None)
         if compile:
-            # Defenses differentiate one graph for several losses: its backward may not reuse what it has saved. Without
-            # a tag, a backward that may, left in the cache by another program, would be taken: with wrong gradients.
-            from torch._functorch import config as backward
-            from torch.compiler import config as compiler
-
-            backward.donated_buffer, compiler.cache_key_tag = False, "redoubt"
-            self.run = torch.compile(self.run)  # type: ignore[method-assign]
+            self.run = compiled(self.run, compile)  # type: ignore[method-assign]
 
     # ---- what every attack sees -------------------------------------------------------------------------------
 
@@ -134,6 +133,24 @@ class RobustModule(LightningModule):
     def evaluated_weights(self) -> Iterator[None]:
         """Inside, the net holds the weights that are evaluated (``weights``)."""
         with self.ema.applied() if self.weights == "ema" and self.ema else nullcontext():
+            yield
+
+    @contextmanager
+    def folded(self, x: Tensor) -> Iterator[None]:
+        """Inside, forwards in evaluation mode take each convolution and the BatchNorm behind it as one (``fold``).
+
+        Equal but for rounding. What is trained or scored goes through the net as it is.
+
+        Args:
+            x: Images such as will go through it [B, 3, H, W].
+        """
+        if not self.fold:
+            yield
+            return
+        if self.folding is None:
+            with torch.no_grad():
+                self.folding = Folding(self.net, lambda: self.run(x[:1]))
+        with self.folding.applied():
             yield
 
     def evaluated_state(self, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -193,7 +210,7 @@ class RobustModule(LightningModule):
             return x
         rows = (self.share.first, self.share.total) if self.share else None
         start = self.inner.start_point(x, generator=self.generator("inner", x.device), rows=rows)
-        with attack_mode(self.net):
+        with attack_mode(self.net), self.folded(x):
             clean = None
             if self.objective.inner_needs_clean:
                 with torch.no_grad():
@@ -447,7 +464,8 @@ class RobustModule(LightningModule):
             return
         x = batch.x.contiguous(memory_format=self.format)
         with self.evaluated_weights(), attack_mode(self.net):
-            adv = self.validation(lambda v: nn.functional.cross_entropy(self.logits(v), batch.y, reduction="none"), x)
+            with self.folded(x):
+                adv = self.validation(lambda v: F.cross_entropy(self.logits(v), batch.y, reduction="none"), x)
             for name, images in (("clean", x), ("pgd", adv)):
                 with torch.no_grad():
                     logits = self.logits(images)

@@ -214,9 +214,11 @@ class Judge:
         start = reached.get(path)
         if start is not None and not whole:
             start = Reached(start.steps, start.adv[rows], start.gradient[rows])
-        net = self.logits if self.own(name) else self.source_logits
+        net, module = (self.logits, self.module) if self.own(name) else (self.source_logits, self.source)
+        assert module is not None
         with own_randomness(draws.library_seed, x.device):
-            found = attack(net, xs, ys, draws, **({} if start is None else {"after": start}))
+            with module.folded(in_format(module, xs)) if attack.folds else nullcontext():
+                found = attack(net, xs, ys, draws, **({} if start is None else {"after": start}))
             found, broken = found if isinstance(found, tuple) else (found, None)
             found, outside = self.within(name, attack, found.detach(), xs)
             found = found.to(x.dtype)
@@ -359,7 +361,12 @@ def judge(module: RobustModule, images: Tensor, labels: Tensor, suite: Suite, **
 
 def logits_of(module: RobustModule, x: Tensor) -> Tensor:
     """Logits [B, K] of images [B, 3, H, W], in the memory format that the module computes in."""
-    return module.logits(x.contiguous(memory_format=module.format))
+    return module.logits(in_format(module, x))
+
+
+def in_format(module: RobustModule, x: Tensor) -> Tensor:
+    """Images in the memory format that a module computes in."""
+    return x.contiguous(memory_format=module.format)
 
 
 def correct(z: Tensor, y: Tensor) -> Tensor:
