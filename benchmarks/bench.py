@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from benchmarks import write
-from benchmarks.machine import DTYPES, describe, matrix_rate
-from benchmarks.measure import Section
-from benchmarks.options import read
+from benchmarks.machine import DTYPES, describe, product
+from benchmarks.measure import Section, seconds_on
+from benchmarks.options import Options, read
 from benchmarks.ours import CELLS
 
 from redoubt.errors import UserError
@@ -33,6 +33,7 @@ from redoubt.training.trainer import quiet_lightning
 PARTS = {
     "craft": "benchmarks.training:craft",
     "step": "benchmarks.training:step",
+    "libraries": "benchmarks.training:libraries",
     "data": "benchmarks.loading:data",
     "suite": "benchmarks.suites:suites",
     "start": "benchmarks.starting:start",
@@ -53,7 +54,7 @@ def main(words: Sequence[str]) -> list[Section]:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/bench.py", *words]),
         "machine": describe(o.device),
-        "matrix_rate": {p: matrix_rate(o.device, DTYPES[p], o.batch) / 1e9 for p in o.precisions},
+        "matrix_rate": {p: rate(o, p) for p in o.precisions},
     }
     sections = []
     for name in o.parts:
@@ -64,6 +65,12 @@ def main(words: Sequence[str]) -> list[Section]:
         if o.markdown:
             write.as_markdown(Path(o.markdown), results, sections)
     return sections
+
+
+def rate(o: Options, precision: str) -> float:
+    """GFLOP/s of matrix products at the beginning."""
+    call, gflop = product(o.device, DTYPES[precision], o.batch)
+    return gflop / seconds_on(o.device)(call)
 
 
 if __name__ == "__main__":

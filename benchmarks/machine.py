@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.measure import seconds_on
+from benchmarks.measure import Call, seconds_on
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -38,25 +39,28 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, batch: int, least: float = 0.1) -> float:
-    """FLOP/s of the fastest matrix product among the convolutions' shapes.
+def product(device: torch.device, dtype: torch.dtype, batch: int, least: float = 0.1) -> tuple[Call, float]:
+    """The fastest matrix product among the convolutions' shapes, as a call and its GFLOP.
 
     Args:
         device: Where.
         dtype: Of factors and product.
         batch: Images: the products are [C_out, 9 C_in] x [9 C_in, batch H W].
-        least: Seconds for which each shape is tried; its fastest product counts.
+        least: Seconds for which each shape is tried, and that the call repeats the fastest for.
     """
-    clock, best = seconds_on(device), 0.0
+    clock, found = seconds_on(device), []
     for m, k, pixels in CONVOLUTIONS:
         n = batch * pixels
         a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
-        out = torch.empty(m, n, device=device, dtype=dtype)
-        torch.mm(a, b, out=out)
-        until = time.monotonic() + least
+        call = functools.partial(torch.mm, a, b, out=torch.empty(m, n, device=device, dtype=dtype))
+        call()
+        once, until = float("inf"), time.monotonic() + least
         while time.monotonic() < until:
-            best = max(best, 2 * m * k * n / clock(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)))
-    return best
+            once = min(once, clock(call))
+        found.append((2 * m * k * n / 1e9 / once, call, once, 2 * m * k * n / 1e9))
+    _, call, once, gflop = max(found, key=lambda entry: entry[0])
+    repeats = max(1, round(least / once))
+    return lambda: [call() for _ in range(repeats)], gflop * repeats
 
 
 def flops(call: Callable[[], Any]) -> int:

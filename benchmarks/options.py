@@ -13,7 +13,7 @@ import torch
 from redoubt.errors import UserError, did_you_mean
 from redoubt.training.trainer import cpu_has_bf16
 
-PARTS = ("craft", "step", "data", "suite", "start", "memory", "scaling", "profile")
+PARTS = ("craft", "step", "libraries", "data", "suite", "start", "memory", "scaling", "profile")
 BOTH = ("float32", "bf16")
 
 
@@ -39,7 +39,7 @@ class Options:
 
     parts: tuple[str, ...] = PARTS
     nets: tuple[tuple[str, int], ...] = (("resnet18", 32),)
-    cells: tuple[str, ...] = ("at", "trades", "mart", "fsr", "afd", "cure", "cure_code")
+    cells: tuple[str, ...] = ("at", "trades", "mart", "fsr", "afd", "cure")
     pairs: int = 5
     seconds: float = 60.0
     precisions: tuple[str, ...] = BOTH
@@ -47,9 +47,9 @@ class Options:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     compile: bool = False
     workers: int = 2
-    suites: tuple[str, ...] = ("fsr_suite",)
+    suites: tuple[str, ...] = ("fsr_suite", "ensemble")
     images: int = 32
-    eps: str = "1/255"
+    eps: str = "0.15/255"
     to: str | None = None
     markdown: str | None = None
     overrides: tuple[str, ...] = ()

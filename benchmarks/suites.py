@@ -64,8 +64,11 @@ class Pair:
         self.theirs = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
         self.fsr = suite(plain(cfg.attack))
 
-    def ours(self, chosen: Suite) -> Verdicts:
-        found = judge(self.module, self.images, self.y.cpu(), chosen, chunk=self.o.images, seed=0, device=self.o.device)
+    def ours(self, chosen: Suite, **options: bool) -> Verdicts:
+        found = judge(
+            self.module, self.images, self.y.cpu(), chosen, chunk=self.o.images, seed=0, device=self.o.device,
+            progress=False, **options,
+        )  # fmt: skip
         return {name: torch.from_numpy(verdicts) for name, verdicts in found.items()}
 
     def library(self, names: list[str]) -> Verdicts:
@@ -79,6 +82,12 @@ class Pair:
         crafted = {name: attacks[name]()(self.x, self.y) for name in names} | {"natural": self.x}
         with torch.no_grad():
             return {name: (self.theirs(adv).argmax(1) == self.y).cpu() for name, adv in crafted.items()}
+
+    def our_ensemble(self) -> Verdicts:
+        return {"ensemble": self.ours(self.fsr, skip_broken=True)["ensemble"]}
+
+    def their_ensemble(self) -> Verdicts:
+        return {"ensemble": torch.stack(list(self.library(list(self.fsr.attacks)).values())).all(0)}
 
     def autoattack(self) -> Verdicts:
         attack = pyautoattack.AutoAttack(
@@ -94,10 +103,14 @@ class Pair:
             chosen = suite(plain(cfg.attack))
             return lambda: self.ours(chosen), self.autoattack
         attacks = self.fsr.attacks
+        if name == "ensemble":
+            return self.our_ensemble, self.their_ensemble
         if name == "fsr_suite":
             return lambda: self.ours(self.fsr), lambda: self.library(list(attacks))
         if name not in attacks:
-            raise UserError(f"suites={name} is not known{did_you_mean(name, ['fsr_suite', 'autoattack', *attacks])}")
+            raise UserError(
+                f"suites={name} is not known{did_you_mean(name, ['fsr_suite', 'ensemble', 'autoattack', *attacks])}"
+            )
         single = Suite(attacks={name: attacks[name]}, norm="linf", eps=self.eps)
         return lambda: self.ours(single), lambda: self.library([name])
 
@@ -105,12 +118,14 @@ class Pair:
 def suites(o: Options) -> Section:
     """Seconds per suite, and how many verdicts agree."""
     title = f"Evaluation suites, {o.model}, {o.images} images at {o.eps}: seconds"
-    section = Section("suite", title, ["suite", "side", "median", "min", "max", "n", "ratio", "agree"])
+    section = Section("suite", title, ["suite", "side", "median", "min", "max", "n", "ratio", "right", "agree"])
     pair = Pair(o)
     for call in pair.sides("fgsm"):  # a whole suite is too long to be warmed up by itself
         call()
     for name in o.suites:
         section.rows += [{"suite": name, **row} for row in one(o, *pair.sides(name))]
+    section.notes.append("right: share of the images that withstand all attacks; agree: equal verdicts.")
+    section.notes.append("ensemble: fsr_suite where only that is asked for (evaluation.skip_broken=true).")
     section.notes.append("The library: torchattacks, its PGD loop with the margin's loss for C&W; pyautoattack.")
     return section
 
@@ -127,4 +142,5 @@ def one(o: Options, by_us: Callable[[], Verdicts], by_them: Callable[[], Verdict
     mine, other = found["ours"], found["library"]
     agree = sum(int((mine[key] == other[key]).sum()) for key in other)
     total = sum(len(verdicts) for verdicts in other.values())
-    return [{**row, "agree": f"{agree} of {total}"} for row in compared(readings, "ours")]
+    right = torch.stack([mine[key] for key in other]).all(0).float().mean().item()
+    return [{**row, "right": right, "agree": f"{agree} of {total}"} for row in compared(readings, "ours")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import sys
@@ -31,6 +32,7 @@ class Net(nn.Module):
     """A small net with kinks, and gradients that are not those of a linear one."""
 
     format = torch.contiguous_format
+    folded = staticmethod(contextlib.nullcontext)
 
     def __init__(self, k=5, size=8):
         super().__init__()

@@ -446,7 +446,7 @@ def test_wants_no_global_random_numbers_with_a_generator():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("steps", [0, 1, 3, 4, 7, 50])
 def test_settling_is_the_same_with_less_work(norm, steps):
-    """Of a bowl whose bottom lies inside some balls: there the iterates go to and fro, elsewhere they reach a corner."""
+    """Of a bowl whose bottom lies inside some balls the iterates go to and fro, elsewhere they reach a corner."""
     g = torch.Generator().manual_seed(0)
     x, curved = torch.rand(6, 1, 4, 4, generator=g), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
     goal = x + 0.05 * torch.randn(x.shape, generator=g)

@@ -191,3 +191,22 @@ def test_a_fixed_start_that_cannot_reach_the_edge_is_refused(options, fine):
         return
     with pytest.raises(UserError, match="do not reach eps"):
         PGD(**options)
+
+
+# ---- a training attack that grows -----------------------------------------------------------------------
+
+
+def test_stages():
+    attack = PGD(eps=0.1, steps=10, step=0.25, stages=[[0.2, 3, 0.5], ["1/2", 5, "0.4"]])
+    assert attack.stage(0.0) == attack.stage(0.19) == (10, pytest.approx(0.025))
+    assert attack.stage(0.2) == attack.stage(0.49) == (3, pytest.approx(0.05))
+    assert attack.stage(0.5) == attack.stage(0.99) == (5, pytest.approx(0.04))
+    assert PGD(eps=0.1, steps=10).stage(0.7) == (10, pytest.approx(0.025))
+
+
+@pytest.mark.parametrize(
+    "stages", [[[0.5, 3]], [[1.0, 3, 0.5]], [[0.5, 3, 0.5], [0.2, 3, 0.5]], [[0, 2.5, 0.5]], [[0, 3, -1]], ["0.5"], [3]]
+)
+def test_bad_stages(stages):
+    with pytest.raises(UserError, match="stages"):
+        PGD(eps=0.1, steps=10, stages=stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -35,6 +36,7 @@ class Net(nn.Module):
     """Ten classes of 8x8 images, by a net that attacks can fool."""
 
     format = torch.contiguous_format
+    folded = staticmethod(contextlib.nullcontext)
     num_classes, image_size = 10, 8
 
     def __init__(self):

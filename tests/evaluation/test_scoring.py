@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ EPS = 0.1
 
 class Linear(nn.Module):
     format = torch.contiguous_format
+    folded = staticmethod(contextlib.nullcontext)
 
     def __init__(self, seed=0):
         super().__init__()
@@ -232,6 +234,7 @@ def test_a_net_without_gradients(kind):
 
 class WithBN(nn.Module):
     format = torch.contiguous_format
+    folded = staticmethod(contextlib.nullcontext)
 
     def __init__(self, seed=0):
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from redoubt.attacks.geometry import BALLS, Ball
 from redoubt.errors import UserError
-from redoubt.units import as_number
+from redoubt.units import as_number, as_whole
 
 LossOfX = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 PerExample = float | Tensor
@@ -39,6 +39,9 @@ class PGD:
         keep_best: Return each example's best iterate (done before not done, then the higher loss) rather than
             the last one; costs one more forward pass.
         patience: How many more steps an example that is done moves before it stands still (FAT's tau).
+        stages: Of a training attack that grows: entries [share, steps, step] in rising order, each with the share of
+            training from which on it takes so many steps of that share of eps; before the first one and elsewhere
+            ``steps`` and ``step`` hold.
 
     Raises:
         UserError: A value out of range, or a fixed start from which ``steps * step`` cannot reach the ball's edge.
@@ -57,6 +60,7 @@ class PGD:
         clip_start: bool = True,
         keep_best: bool = False,
         patience: int = 0,
+        stages: Sequence[Sequence[float | str]] | None = None,
     ) -> None:
         if norm not in BALLS:
             raise UserError(f"norm={norm!r} is not known: take one of {', '.join(BALLS)}")
@@ -74,11 +78,19 @@ class PGD:
         self.clip_start = clip_start
         self.keep_best = keep_best
         self.patience = int(patience)
+        self.stages = [_stage(entry, self.eps) for entry in stages or ()]
+        if [share for share, _, _ in self.stages] != sorted(share for share, _, _ in self.stages):
+            raise UserError(f"stages={stages} must be in the order of their shares of training")
         if start == "none" and steps and self.steps * self.step_size < self.eps * (1 - 1e-6):
             raise UserError(
                 f"steps={steps} of size {self.step_size:.4g} from a fixed start do not reach eps={self.eps:.4g}: "
                 "raise steps or step, or take a random start"
             )
+
+    def stage(self, share: float) -> tuple[int, float]:
+        """Number and size (pixel units) of the steps that the attack takes at a share of training in [0, 1)."""
+        own = [(steps, size) for begins, steps, size in self.stages if begins <= share + 1e-9]
+        return own[-1] if own else (self.steps, self.step_size)
 
     def start_point(
         self,
@@ -166,7 +178,6 @@ class PGD:
         assert best.adv is not None
         return best.adv
 
-
     def settling(
         self,
         loss_of: Callable[[Tensor], LossOfX],
@@ -176,7 +187,7 @@ class PGD:
         steps: int | None = None,
         first: Tensor | None = None,
     ) -> Tensor:
-        """The same examples with less work where the loss is deterministic: those that repeat themselves are left alone.
+        """The same examples with less work, of a deterministic loss: those that repeat themselves are left alone.
 
         Signed steps of one size soon move an example to and fro between a few points. Once an iterate equals the one
         four steps earlier it will equal the last one, if only their numbers differ by a multiple of four.
@@ -259,6 +270,15 @@ def _step_size(eps: float, step: float | str, step_abs: float | str | Mapping[st
     if size < 0:
         raise UserError(f"the step size is {size}: it must not be negative")
     return size
+
+
+def _stage(entry: Any, eps: float) -> tuple[float, int, float]:
+    if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 3:
+        raise UserError(f"stages: {entry!r} must be [share of training, steps, step as a share of eps]")
+    share, step = as_number(entry[0], "stages"), as_number(entry[2], "stages")
+    if not 0.0 <= share < 1.0 or step < 0:
+        raise UserError(f"stages: {list(entry)} must begin in [0, 1) and step by no less than 0")
+    return share, as_whole(entry[1], "stages"), step * eps
 
 
 def _per_example(value: PerExample, x: Tensor) -> PerExample:

@@ -155,9 +155,7 @@ class WhiteBox(Attack):
         if self.keep_best or self.eot > 1:
             return self.pgd(loss_of_x, x, start=start)
         numbers = torch.arange(len(y), device=y.device) if isinstance(rows, slice) else rows
-        return self.pgd.settling(
-            lambda some: lambda adv: raised(logits(adv), y[some], numbers[some]), x, start=start
-        )
+        return self.pgd.settling(lambda some: lambda adv: raised(logits(adv), y[some], numbers[some]), x, start=start)
 
     def raised(self, z: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
         """The loss [B] of logits [B, K] and labels [B] that the attack raises."""

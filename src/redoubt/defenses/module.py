@@ -208,6 +208,7 @@ class RobustModule(LightningModule):
         """Training examples [B, 3, H, W]: ``objective.inner`` over ``logits``, raised by the inner attack."""
         if not self.inner.steps:
             return x
+        steps, size = self.inner.stage(self.steps_done / self.steps_per_epoch / self.schedule.max_epochs)
         rows = (self.share.first, self.share.total) if self.share else None
         start = self.inner.start_point(x, generator=self.generator("inner", x.device), rows=rows)
         with attack_mode(self.net), self.folded(x):
@@ -215,7 +216,13 @@ class RobustModule(LightningModule):
             if self.objective.inner_needs_clean:
                 with torch.no_grad():
                     clean = self.logits(x)
-            return self.inner(lambda adv: self.objective.inner(self.logits(adv), y, clean), x, start=start)
+            return self.inner(
+                lambda adv: self.objective.inner(self.logits(adv), y, clean),
+                x,
+                start=start,
+                steps=steps,
+                step_size=size,
+            )
 
     def terms(self, x: Tensor, adv: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Every training forward of the step: {name: weighted loss}, batch means; their sum is the loss."""

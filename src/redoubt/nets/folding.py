@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 class Folding:
     """The convolutions of a net whose output goes into a BatchNorm and nowhere else.
 
-    They are found by watching one forward, so that it does not matter how the net is written. A convolution or BatchNorm
-    that is called twice, or is of a class with a forward of its own, is left as it is.
+    They are found by watching one forward, so that it does not matter how the net is written. A convolution or
+    BatchNorm that is called twice, or is of a class with a forward of its own, is left as it is.
 
     Args:
         net: The net.
@@ -50,14 +50,15 @@ class Folding:
                 if not (bn.training or "forward" in vars(conv) or _watched(conv) or _watched(bn)):
                     conv.forward = functools.partial(_convolve, conv, *folded(conv, bn))  # type: ignore[method-assign]
                     stack.callback(vars(conv).pop, "forward")
-                    bn.forward = _same  # type: ignore[method-assign]
+                    bn.forward = _same  # type: ignore[method-assign, assignment]
                     stack.callback(vars(bn).pop, "forward")
             yield
 
 
 def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight [C_out, C_in / groups, k, k] and bias [C_out] of the one convolution that equals both in evaluation mode."""
-    assert bn.running_mean is not None and bn.running_var is not None
+    """Weight [C_out, C_in / groups, k, k] and bias [C_out] of the one convolution that equals both when evaluated."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     device = conv.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
     with torch.no_grad(), torch.autocast(device, enabled=False):
