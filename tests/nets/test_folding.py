@@ -10,6 +10,7 @@ from torch import nn
 
 from redoubt.build import build_module
 from redoubt.nets import Folding, attack_mode
+from redoubt.nets import folding as folding_module
 from redoubt.nets.preact import PreActResNet18
 from redoubt.nets.resnet import ResNet18
 from redoubt.nets.small import CNNSmall, ResNetSmall
@@ -34,9 +35,9 @@ def with_gradient(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.
     return out.detach(), torch.autograd.grad(out.sin().sum(), x)[0]
 
 
-def pairs_of(net: nn.Module, x: torch.Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+def pairs_of(net: nn.Module, x: torch.Tensor) -> dict[nn.Conv2d, nn.BatchNorm2d]:
     with torch.no_grad():
-        return Folding(net, lambda: net(x)).pairs
+        return Folding(net, lambda: net(x)).norms
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_the_same_function_and_gradient(cls, arguments, pairs, norms, channels_l
     with torch.no_grad():
         folding = Folding(net, lambda: net(x[:1]))
     assert len(own) == (len(own) if norms is None else norms)
-    assert len(folding.pairs) == (len(own) if pairs is None else pairs)
+    assert len(folding.norms) == (len(own) if pairs is None else pairs)
     with attack_mode(net):
         plain = with_gradient(net, x)
         with folding.applied():
@@ -96,9 +97,50 @@ def test_in_autocast_the_weights_are_cast_once():
     net, x = ResNetSmall(num_classes=10).eval(), torch.rand(2, 3, 16, 16)
     folding = Folding(net, lambda: net(x))
     with torch.autocast("cpu", torch.bfloat16), folding.applied():
-        assert {conv.forward.args[1].dtype for conv, _ in folding.pairs} == {torch.bfloat16}
+        assert {conv.forward.weight.dtype for conv in folding.convolutions} == {torch.bfloat16}
         half = net(x).float()
     torch.testing.assert_close(half, net(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (1, 0), (3, 0), (5, 1)])
+def test_packed_weights_compute_the_same(dtype, kernel, padding):
+    """From the second pass on; oneDNN does the same sums either way."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 48, kernel, padding=padding), nn.BatchNorm2d(48), nn.ReLU())
+    net = lively(net).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(6, 32, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    folding = Folding(net, lambda: net(x))
+    with attack_mode(net), folding.applied():
+        layer = net[0].forward
+        first = with_gradient(net, x)
+        assert layer.packed is None
+        second = with_gradient(net, x)
+        fewer = with_gradient(net, x[:2])
+        assert (layer.packed is not None) == folding_module.PACKS
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for a, b, c in zip(first, second, fewer, strict=True):
+        assert b.shape == a.shape
+        torch.testing.assert_close(b, a, **close)
+        torch.testing.assert_close(c, a[:2], **close)
+
+
+def test_many_pixels_other_formats_and_strides_are_not_packed():
+    def packed(conv, x):
+        net = nn.Sequential(conv.eval())
+        with attack_mode(net), Folding(net, lambda: net(x)).applied():
+            for _ in range(3):
+                net(x)
+            return net[0].forward.packed is not None
+
+    few = torch.rand(2, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert packed(nn.Conv2d(8, 8, 3, padding=1), few) == folding_module.PACKS
+    assert not packed(nn.Conv2d(8, 8, 3, padding=1), few.contiguous())
+    assert not packed(nn.Conv2d(8, 8, 3, padding=1), few.repeat(16, 1, 1, 1))
+    assert not packed(nn.Conv2d(8, 8, 3, padding=1, stride=2), few)
+    assert not packed(nn.Conv2d(8, 8, 3, padding=1, groups=2), few)
+    assert not packed(nn.Conv2d(8, 8, 3, padding="same"), few)
+    assert not packed(nn.Conv2d(8, 8, 3, padding=1).double(), few.double())
 
 
 class Odd(nn.Module):
@@ -143,7 +185,7 @@ class Odd(nn.Module):
 )  # fmt: skip
 def test_what_is_no_single_convolution_is_left_alone(kind):
     torch.manual_seed(0)
-    assert pairs_of(Odd(kind).eval(), torch.rand(2, 3, 8, 8)) == []
+    assert pairs_of(Odd(kind).eval(), torch.rand(2, 3, 8, 8)) == {}
     assert len(pairs_of(Odd("plain").eval(), torch.rand(2, 3, 8, 8))) == 1
 
 
@@ -152,15 +194,15 @@ def test_training_mode_and_hooks_are_respected():
     folding = Folding(net, lambda: net(x))
     net.bn.train()
     with folding.applied():
-        assert "forward" not in vars(net.conv)
+        assert "forward" not in vars(net.bn)
     net.bn.eval()
     for watched in (net.conv.register_forward_hook, net.bn.register_full_backward_hook):
         handle = watched(lambda *args: None)
         with folding.applied():
-            assert "forward" not in vars(net.conv)
+            assert "forward" not in vars(net.bn)
         handle.remove()
     with folding.applied():
-        assert "forward" in vars(net.conv)
+        assert "forward" in vars(net.bn)
 
 
 @pytest.mark.parametrize("defense", ["none", "fsr", "afd", "cure"])
@@ -174,7 +216,7 @@ def test_training_examples_are_the_same(defense, cell):
         lively(module.net)
         module.double().train()
         crafted.append(module.craft(x, y))
-        assert (module.folding is not None and bool(module.folding.pairs)) == fold
+        assert (module.folding is not None and bool(module.folding.norms)) == fold
     assert (crafted[0] == crafted[1]).double().mean() > 0.999  # a gradient of zero may round either way
 
 
@@ -183,4 +225,4 @@ def test_a_copy_folds_its_own_net(cell):
     module.craft(torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]))
     twin = copy.deepcopy(module)
     own = set(map(id, twin.modules()))
-    assert all(id(conv) in own and id(bn) in own for conv, bn in twin.folding.pairs)
+    assert all(id(conv) in own and id(bn) in own for conv, bn in twin.folding.norms.items())

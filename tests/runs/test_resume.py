@@ -37,7 +37,10 @@ def without_clock(folder: Path) -> list[dict[str, str]]:
             "defense=cure", "defense.pretrained={natural}", "defense.rate=0.5", "defense.decay_warmup=true",
             "defense.freeze=update", "ema=wa", "defense.warmup_epochs=0.5",
         ],
-        ["defense=cure", "defense.pretrained={natural}", "defense.loss=rgp", "defense.criterion=joint", "base=at"],
+        pytest.param(
+            ["defense=cure", "defense.pretrained={natural}", "defense.loss=rgp", "defense.criterion=joint", "base=at"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["defense=afd", "defense.update=joint", "base=trades"], marks=pytest.mark.slow),
     ],
 )  # fmt: skip

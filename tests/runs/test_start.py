@@ -268,6 +268,7 @@ def test_weights_from_behind_a_normalisation_are_refused(cell: Cell, tmp_path: P
     begun(cell("defense=afd", *SHORT, *same_first, f"defense.pretrained={file}"))
 
 
+@pytest.mark.slow
 def test_two_processes_that_need_it_train_it_once(tmp_path: Path) -> None:
     natural = ["natural.trainer.max_epochs=40"]
     commands = [start(tmp_path, "train", *SMALL, *natural, f"defense={name}", "base=at") for name in ("afd", "cure")]

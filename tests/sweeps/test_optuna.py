@@ -186,6 +186,7 @@ def test_another_space_or_objective_under_the_same_name(tmp_path: Path, monkeypa
     assert issubclass(sweeps.Pruned, UserError)
 
 
+@pytest.mark.slow
 def test_asked_at_once_by_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that ask at the same time get different trials, and not one more than there shall be."""
     monkeypatch.chdir(tmp_path)

@@ -1,25 +1,32 @@
-"""BatchNorm of evaluation mode as part of the convolution before it: what an attack passes through is shorter."""
+"""A net as attacks pass through it: many times while its weights stand still, so what these decide is done once.
+
+BatchNorm in evaluation mode becomes part of the convolution before it, weights are cast to autocast's precision once
+and not in every pass, and on a CPU large ones are brought into oneDNN's own layout once.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+#: Packing pays where a convolution has few pixels for its weights: up to so many in a batch's output.
+FEW_PIXELS = 1024
+
 
 class Folding:
-    """The convolutions of a net whose output goes into a BatchNorm and nowhere else.
+    """The convolutions of a net, and which of them are followed by a BatchNorm and by nothing else.
 
-    They are found by watching one forward, so that it does not matter how the net is written. A convolution or
-    BatchNorm that is called twice, or is of a class with a forward of its own, is left as it is.
+    They are found by watching one forward, so that it does not matter how the net is written. A convolution of a class
+    of its own is left as it is; a pair of which one is called twice stays two.
 
     Args:
         net: The net.
@@ -31,51 +38,115 @@ class Folding:
             out = forward()
         returned = {id(leaf) for leaf in tree_leaves(out)}
         calls = Counter(map(id, (*watch.convolved, *(bn for found in watch.normalised.values() for bn in found))))
-        self.pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+        self.convolutions = list(dict.fromkeys(watch.convolved))
+        self.norms: dict[nn.Conv2d, nn.BatchNorm2d] = {}
         for conv, tensor in watch.outputs:
             found = watch.normalised[id(tensor)]
             once = len(found) == 1 and calls[id(conv)] == calls[id(found[0])] == 1
             if once and not watch.others[id(tensor)] and id(tensor) not in returned:
-                self.pairs.append((conv, found[0]))
+                self.norms[conv] = found[0]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, these convolutions do their BatchNorm's work, in autocast's precision where it is on.
+        """Inside, forwards take the weights as they were on entering; no gradient reaches them.
 
-        The weights are those at the time of entering; no gradient reaches them. A BatchNorm in training mode, and what
-        somebody watches by a hook, stays as it is.
+        A BatchNorm in training mode, and what somebody watches by a hook, stays as it is.
         """
         with ExitStack() as stack:
-            for conv, bn in self.pairs:
-                if not (bn.training or "forward" in vars(conv) or _watched(conv) or _watched(bn)):
-                    conv.forward = functools.partial(_convolve, conv, *folded(conv, bn))  # type: ignore[method-assign]
-                    stack.callback(vars(conv).pop, "forward")
+            for conv in self.convolutions:
+                if "forward" in vars(conv) or _watched(conv):
+                    continue
+                bn = self.norms.get(conv)
+                if bn is not None and (bn.training or _watched(bn)):
+                    bn = None
+                conv.forward = Standing(conv, bn)  # type: ignore[method-assign, assignment]
+                stack.callback(vars(conv).pop, "forward")
+                if bn is not None:
                     bn.forward = _same  # type: ignore[method-assign, assignment]
                     stack.callback(vars(bn).pop, "forward")
             yield
 
 
+class Standing:
+    """A convolution whose weights stand still, with the BatchNorm behind it where there is one.
+
+    Attributes:
+        weight: [C_out, C_in / groups, k, k], in the precision of autocast where it is on.
+        bias: [C_out] or None.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> None:
+        device = conv.weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            weight, bias = (conv.weight, conv.bias) if bn is None else folded(conv, bn)
+            self.weight, self.bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+        self.conv, self.passes = conv, 0
+        self.packed: tuple[Tensor, Tensor] | None = None
+        plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and not isinstance(conv.padding, str)
+        self.packs = plain and PACKS and device == "cpu" and dtype in (torch.float32, torch.bfloat16)
+        self.padding = [int(p) for p in conv.padding] if self.packs else []
+        self.padding_back = [k - 1 - p for k, p in zip(conv.kernel_size, self.padding, strict=False)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        c = self.conv
+        self.passes += 1
+        few = x.dim() == 4 and len(x) * x.shape[2] * x.shape[3] <= FEW_PIXELS and x.dtype == self.weight.dtype
+        if self.passes > 1 and self.packs and few and x.is_contiguous(memory_format=torch.channels_last):
+            if self.packed is None:
+                self.packed = self.pack(list(x.shape))
+            return cast(Tensor, _Packed.apply(x, self))
+        return F.conv2d(x, self.weight, self.bias, c.stride, c.padding, c.dilation, c.groups)
+
+    def pack(self, shape: list[int]) -> tuple[Tensor, Tensor]:
+        """The weights in oneDNN's layout, for the forward and, turned round, for the gradient of x [B, C_in, H, W]."""
+        one, reorder = [1, 1], torch.ops.mkldnn._reorder_convolution_weight
+        sizes = (n + p - q for n, p, q in zip(shape[2:], self.padding, self.padding_back, strict=True))
+        there = reorder(self.weight, self.padding, one, one, 1, shape)
+        turned = self.weight.flip(2, 3).transpose(0, 1)
+        return there, reorder(turned, self.padding_back, one, one, 1, [shape[0], len(self.weight), *sizes])
+
+
+class _Packed(torch.autograd.Function):
+    """A convolution of stride 1 by packed weights: the gradient of its input is a convolution as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Standing) -> Tensor:
+        ctx.layer = layer
+        assert layer.packed is not None
+        return _convolve(x, layer.packed[0], layer.bias, layer.padding)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        layer = ctx.layer
+        g = g.contiguous(memory_format=torch.channels_last)
+        return _convolve(g, layer.packed[1], None, layer.padding_back), None
+
+
+#: Whether this torch has the operations that inductor uses on a CPU.
+PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+
+
+def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+    convolution = torch.ops.mkldnn._convolution_pointwise
+    return cast(Tensor, convolution(x, packed, bias, padding, [1, 1], [1, 1], 1, "none", [], ""))
+
+
 def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight [C_out, C_in / groups, k, k] and bias [C_out] of the one convolution that equals both when evaluated."""
+    """Weight and bias of the one convolution that equals both in evaluation mode."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    device = conv.weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        scale = torch.rsqrt(bn.running_var + bn.eps)
-        scale = scale if bn.weight is None else scale * bn.weight
-        shift = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
-        bias = shift * scale if bn.bias is None else shift * scale + bn.bias
-        return (conv.weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
+    scale = torch.rsqrt(bn.running_var + bn.eps)
+    scale = scale if bn.weight is None else scale * bn.weight
+    shift = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
+    bias = shift * scale if bn.bias is None else shift * scale + bn.bias
+    return conv.weight * scale[:, None, None, None], bias
 
 
 def _watched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
-
-
-def _convolve(conv: nn.Conv2d, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _same(x: Tensor) -> Tensor:
