@@ -33,6 +33,7 @@ class Options:
         workers: Of the authors' DataLoader.
         suites: Of ``redoubt``'s evaluation, or single attacks of fsr_suite.
         images, eps: Images that a suite attacks, and by how much.
+        run: Folder of a run whose net and test images a suite takes, in place of a fresh net and noise.
         to, markdown: Files to write.
         overrides: Keys of the framework's config, for all cells.
     """
@@ -47,9 +48,10 @@ class Options:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     compile: bool = False
     workers: int = 2
-    suites: tuple[str, ...] = ("fsr_suite", "ensemble")
+    suites: tuple[str, ...] = ("fsr_suite",)
     images: int = 32
     eps: str = "0.15/255"
+    run: str | None = None
     to: str | None = None
     markdown: str | None = None
     overrides: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ def read(words: Sequence[str], cells: Sequence[str]) -> Options:
         UserError: An unknown key or a value out of range.
     """
     known = ("parts", "model", "batch", "cells", "pairs", "seconds", "precision", "threads", "device", "compile",
-             "workers", "suites", "images", "eps", "to", "markdown")  # fmt: skip
+             "workers", "suites", "images", "eps", "run", "to", "markdown")  # fmt: skip
     said: dict[str, str] = {}
     overrides = []
     for word in words:
@@ -101,7 +103,7 @@ def read(words: Sequence[str], cells: Sequence[str]) -> Options:
         found["seconds"] = float(_whole("seconds", said["seconds"], 0))
     if "compile" in said:
         found["compile"] = _choice("compile", said["compile"], ("true", "false")) == "true"
-    found |= {key: said[key] for key in ("eps", "to", "markdown") if key in said}
+    found |= {key: said[key] for key in ("eps", "run", "to", "markdown") if key in said}
     device = torch.device(_choice("device", said.get("device", "cpu"), ("cpu", "cuda")))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: no GPU is visible to torch here; take device=cpu")

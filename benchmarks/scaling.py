@@ -58,6 +58,7 @@ def point(o: Options, batch: int, *more: str, model: str | None = None) -> Point
     """One step with a batch of this size, and its GFLOP, counted with two images."""
     eager = dataclasses.replace(o, compile=False)
     counted = ours.build(eager, "at", *more, model=model)
+    counted.fold = False  # the same operations, by names that are counted
     pair = ours.noise_batch(o, counted, 2)
     gflop = flops(lambda: ours.step(eager, counted, pair, o.precisions[0])) / 1e9 * batch / 2
     module = ours.build(o, "at", *more, model=model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pyautoattack
 import torch
@@ -11,15 +12,19 @@ import torchattacks
 from benchmarks import ours
 from benchmarks.measure import Call, Row, Section, alternate, compared, seconds_on
 from benchmarks.options import Options
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from redoubt.attacks.base import library_seed
-from redoubt.build import build_module
+from redoubt.build import build_data
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError, did_you_mean
 from redoubt.evaluation.suite import Suite, suite
 from redoubt.evaluation.verdicts import judge
 from redoubt.runs.identity import plain
+from redoubt.runs.loading import load
+from redoubt.runs.store import Run
+from redoubt.units import as_number
 
 Verdicts = dict[str, Tensor]
 
@@ -42,27 +47,46 @@ class Margin(torchattacks.PGD):
 
 
 class Pair:
-    """One net and its images, attacked by our suite and by the libraries.
+    """One net and its images, attacked by our suite and by the libraries, in float32 as evaluation always is.
 
-    Labels are the net's own predictions, so that every image is attacked. Float32, as evaluation always is.
+    A run of the store with its test images, under its own threat; else a fresh net and noise, with the net's own
+    predictions for labels, so that every image is attacked.
     """
 
     def __init__(self, o: Options) -> None:
-        cfg = ours.compose(o, "at", "attack=fsr_suite", f"attack.eps={o.eps}")
-        self.o, self.eps = o, float(cfg.attack.eps)
-        self.module: RobustModule = build_module(cfg).to(o.device)
-        net, size = self.module.net, self.module.image_size
-        g = torch.Generator().manual_seed(0)
-        self.images = torch.randint(256, (o.images, 3, size, size), generator=g, dtype=torch.uint8)
+        self.o = o
+        if o.run:
+            run = Run(Path(o.run))
+            cfg, self.module = OmegaConf.create(run.config()), load(run, compile=False).to(o.device)
+            data = build_data(cfg)
+            data.setup("test")
+            images, labels = data.arrays("test")
+            self.images, self.y = images[: o.images], labels[: o.images].to(o.device)
+            self.eps = as_number(cfg.threat.eps, "threat.eps")
+        else:
+            self.module, self.images = self.fresh()
+            self.eps = as_number(o.eps, "eps")
+        self.module.eval()
         self.x = (self.images.float() / 255).to(o.device)
-        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.momentum = 1.0  # statistics of these images, or a fresh net's logits would hardly depend on them
-        with torch.no_grad():
-            net.train()(self.x)
-            self.y = self.module.eval().net(self.x).argmax(1)
-        self.theirs = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+        if not o.run:
+            with torch.no_grad():
+                self.y = self.module.net(self.x).argmax(1)
+        self.theirs = copy.deepcopy(self.module.net).to(memory_format=torch.contiguous_format)
+        cfg = ours.compose(o, "at", "attack=fsr_suite", f"attack.eps={self.eps}")
         self.fsr = suite(plain(cfg.attack))
+
+    def fresh(self) -> tuple[RobustModule, Tensor]:
+        """A net that was not trained, its BatchNorm's statistics those of the images: else all it says is one class."""
+        module = ours.build(self.o, "at")
+        g = torch.Generator().manual_seed(0)
+        size = module.image_size
+        images = torch.randint(256, (self.o.images, 3, size, size), generator=g, dtype=torch.uint8)
+        for norm in module.net.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = 1.0
+        with torch.no_grad():
+            module.net.train()((images.float() / 255).to(self.o.device))
+        return module, images
 
     def ours(self, chosen: Suite, **options: bool) -> Verdicts:
         found = judge(
@@ -81,13 +105,8 @@ class Pair:
         }
         crafted = {name: attacks[name]()(self.x, self.y) for name in names} | {"natural": self.x}
         with torch.no_grad():
-            return {name: (self.theirs(adv).argmax(1) == self.y).cpu() for name, adv in crafted.items()}
-
-    def our_ensemble(self) -> Verdicts:
-        return {"ensemble": self.ours(self.fsr, skip_broken=True)["ensemble"]}
-
-    def their_ensemble(self) -> Verdicts:
-        return {"ensemble": torch.stack(list(self.library(list(self.fsr.attacks)).values())).all(0)}
+            right = {name: (self.theirs(adv).argmax(1) == self.y).cpu() for name, adv in crafted.items()}
+        return {**right, "ensemble": torch.stack(list(right.values())).all(0)}
 
     def autoattack(self) -> Verdicts:
         attack = pyautoattack.AutoAttack(
@@ -96,51 +115,58 @@ class Pair:
         labels = attack.run_standard_evaluation(self.x, self.y, batch_size=self.o.images)[1]
         return {"autoattack": (labels == self.y).cpu()}
 
-    def sides(self, name: str) -> tuple[Callable[[], Verdicts], Callable[[], Verdicts]]:
-        """(ours, theirs) of a suite or of one of its attacks."""
+    def sides(self, name: str) -> dict[str, Callable[[], Verdicts]]:
+        """Ours and theirs of a suite or of one of its attacks."""
         if name == "autoattack":
-            cfg = ours.compose(self.o, "at", "attack=autoattack", f"attack.eps={self.o.eps}")
+            cfg = ours.compose(self.o, "at", "attack=autoattack", f"attack.eps={self.eps}")
             chosen = suite(plain(cfg.attack))
-            return lambda: self.ours(chosen), self.autoattack
+            return {"ours": lambda: self.ours(chosen), "library": self.autoattack}
         attacks = self.fsr.attacks
-        if name == "ensemble":
-            return self.our_ensemble, self.their_ensemble
         if name == "fsr_suite":
-            return lambda: self.ours(self.fsr), lambda: self.library(list(attacks))
+            return {
+                "ours": lambda: self.ours(self.fsr),
+                "ours, Ensemble only": lambda: self.ours(self.fsr, skip_broken=True),
+                "library": lambda: self.library(list(attacks)),
+            }
         if name not in attacks:
-            raise UserError(
-                f"suites={name} is not known{did_you_mean(name, ['fsr_suite', 'ensemble', 'autoattack', *attacks])}"
-            )
+            known = ["fsr_suite", "autoattack", *attacks]
+            raise UserError(f"suites={name} is not known{did_you_mean(name, known)}")
         single = Suite(attacks={name: attacks[name]}, norm="linf", eps=self.eps)
-        return lambda: self.ours(single), lambda: self.library([name])
+        return {"ours": lambda: self.ours(single), "library": lambda: self.library([name])}
 
 
 def suites(o: Options) -> Section:
     """Seconds per suite, and how many verdicts agree."""
-    title = f"Evaluation suites, {o.model}, {o.images} images at {o.eps}: seconds"
-    section = Section("suite", title, ["suite", "side", "median", "min", "max", "n", "ratio", "right", "agree"])
     pair = Pair(o)
-    for call in pair.sides("fgsm"):  # a whole suite is too long to be warmed up by itself
+    what = Path(o.run).name if o.run else o.model
+    title = f"Evaluation suites, {what}, {len(pair.images)} images at {255 * pair.eps:.3g}/255: seconds"
+    section = Section("suite", title, ["suite", "side", "median", "min", "max", "n", "ratio", "right", "agree"])
+    for call in pair.sides("fgsm").values():  # a whole suite is too long to be warmed up by itself
         call()
     for name in o.suites:
-        section.rows += [{"suite": name, **row} for row in one(o, *pair.sides(name))]
-    section.notes.append("right: share of the images that withstand all attacks; agree: equal verdicts.")
-    section.notes.append("ensemble: fsr_suite where only that is asked for (evaluation.skip_broken=true).")
-    section.notes.append("The library: torchattacks, its PGD loop with the margin's loss for C&W; pyautoattack.")
+        section.rows += [{"suite": name, **row} for row in one(o, pair.sides(name))]
+    section.notes += [
+        "right: share of the images that withstand all attacks; agree: verdicts equal to the library's.",
+        "Ensemble only: evaluation.skip_broken=true.",
+        "The library: torchattacks, its PGD loop with the margin's loss for C&W; pyautoattack.",
+    ]
     return section
 
 
-def one(o: Options, by_us: Callable[[], Verdicts], by_them: Callable[[], Verdicts]) -> list[Row]:
+def one(o: Options, sides: Mapping[str, Callable[[], Verdicts]]) -> list[Row]:
     """The rows of one suite."""
     found: dict[str, Verdicts] = {}
 
     def kept(side: str, call: Callable[[], Verdicts]) -> Call:
         return lambda: found.update({side: call()})
 
-    sides = {"ours": kept("ours", by_us), "library": kept("library", by_them)}
-    readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds, warm=False)
-    mine, other = found["ours"], found["library"]
-    agree = sum(int((mine[key] == other[key]).sum()) for key in other)
-    total = sum(len(verdicts) for verdicts in other.values())
-    right = torch.stack([mine[key] for key in other]).all(0).float().mean().item()
-    return [{**row, "right": right, "agree": f"{agree} of {total}"} for row in compared(readings, "ours")]
+    calls = {side: kept(side, call) for side, call in sides.items()}
+    readings = alternate(calls, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds, warm=False)
+    rows = compared(readings, "ours")
+    for row in rows:
+        mine, theirs = found[row["side"]], found["library"]
+        shared = [key for key in theirs if key in mine]
+        agree = sum(int((mine[key] == theirs[key]).sum()) for key in shared)
+        row["agree"] = f"{agree} of {sum(len(theirs[key]) for key in shared)}"
+        row["right"] = torch.stack([mine[key] for key in shared]).all(0).float().mean().item()
+    return rows

@@ -51,7 +51,7 @@ def step(o: Options) -> Section:
         gflop, passes = counted(o, cell, o.model, o.batch, STEP)
         products = Products(o, o.batch)
         sides = built(o, cell, o.model, o.batch, STEP) | products.calls
-        readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=2 * o.seconds)
+        readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=4 * o.seconds)
         for row in with_limit(o, products.rates(readings), readings, gflop):
             if cell == "at":
                 medians[row["side"]] = row["median"]
@@ -135,8 +135,8 @@ def counted(
     """GFLOP of each side, and our step's passes: of two images, since the operations grow with their number."""
     o = dataclasses.replace(o, compile=False)
     module = ours.build(o, cell, model=model)
+    module.fold = False  # the same operations, by names that are counted
     pair = ours.noise_batch(o, module, 2)
-    ours.craft(o, module, pair, o.precisions[0])  # the net is looked at once before the first attack
     sides = calls(o, module, pair, work, authors(cell) if peers is None else peers)
     return {name: flops(call) / 1e9 * size / 2 for name, call in sides.items()}, ours.passes(module, pair)
 

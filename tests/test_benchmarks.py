@@ -139,7 +139,7 @@ def test_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "IMAGES", 64)
     threads = torch.get_num_threads()
     words = ["model=resnet_small", "batch=4", "pairs=1", "threads=1", "precision=float32", "cells=at,cure", "workers=0",
-             "images=4", "suites=fgsm,ensemble",
+             "images=4", "suites=fgsm,fsr_suite",
              "parts=craft,step,libraries,memory,data,suite,profile", *TINY]  # fmt: skip
     bench.main([*words, f"to={tmp_path / 'r.json'}", f"markdown={tmp_path / 'r.md'}"])
     assert torch.get_num_threads() == threads
@@ -154,7 +154,7 @@ def test_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rate = at["GFLOP"] / at["median"] / at["share"]
     assert 0.2 < rate / results["matrix_rate"]["float32"] < 5  # measured twice, on a machine that may be busy
     assert (at["forward"], at["backward"]) == (4, 4)
-    assert [row["agree"] for row in rows["suite"]] == ["8 of 8", "8 of 8", "4 of 4", "4 of 4"]
+    assert [row["agree"] for row in rows["suite"]] == ["8 of 8", "12 of 12", "24 of 24", "8 of 8", "24 of 24"]
     for row in rows["profile"]:
         assert row["craft"] + row["update"] + row["after_step"] == pytest.approx(100, abs=25)
         assert row["convolution"] > 5

@@ -148,7 +148,7 @@ def _module(tree: dict[str, Any]) -> RobustModule:
         weights=tree["evaluation"]["weights"],
         compile=tree["compile"],
         channels_last=tree["channels_last"],
-        fold=tree["fold"],
+        fold=tree.get("fold", True),
     )
 
 

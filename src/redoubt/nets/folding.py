@@ -87,6 +87,7 @@ class Standing:
         self.packs = plain and PACKS and device == "cpu" and dtype in (torch.float32, torch.bfloat16)
         self.padding = [int(p) for p in conv.padding] if self.packs else []
         self.padding_back = [k - 1 - p for k, p in zip(conv.kernel_size, self.padding, strict=False)]
+        self.packs &= all(p >= 0 for p in self.padding_back)
 
     def __call__(self, x: Tensor) -> Tensor:
         c = self.conv
