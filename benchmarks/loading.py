@@ -35,7 +35,7 @@ def data(o: Options) -> Section:
     title = f"Data path, {o.model}, batch {o.batch}: images per second"
     section = Section("data", title, ["what", "side", "median", "min", "max", "n", "ratio"])
     for what, sides in (("loader alone", loaders(o)), ("training (at)", fits(o))):
-        readings = alternate(sides, lambda call: call(), pairs=o.pairs, seconds=o.seconds)
+        readings = alternate(sides, lambda call: call(), pairs=o.pairs, seconds=o.seconds, warm=what == "loader alone")
         section.rows += [{"what": what, **row} for row in compared(readings, next(iter(sides)))]
     section.notes += [
         "Crop and flip; more is better. Authors: a DataLoader over PIL images, its workers started before the clock.",

@@ -69,7 +69,7 @@ def point(o: Options, batch: int, *more: str, model: str | None = None) -> Point
 def along(o: Options, axis: str, points: dict[int, Point]) -> list[Row]:
     """Rows of one axis, in the order of the values behind the base."""
     calls = {value: call for value, (call, _) in points.items()}
-    readings = alternate(calls, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds)
+    readings = alternate(calls, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds / 2)
     per_work = {value: [s / points[value][1] for s in seconds] for value, seconds in readings.items()}
     base = next(iter(points))
     return [

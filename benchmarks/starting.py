@@ -27,7 +27,7 @@ def start(o: Options) -> Section:
             "import torch": ["torch"],
         }  # fmt: skip
         sides = {name: lambda words=words: until_first_batch(words, o.threads) for name, words in commands.items()}
-        readings = alternate(sides, lambda call: call(), pairs=o.pairs, seconds=o.seconds)
+        readings = alternate(sides, lambda call: call(), pairs=o.pairs, seconds=o.seconds, warm=False)
     section.rows = compared(readings, "ours")
     return section
 
