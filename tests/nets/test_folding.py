@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from redoubt.build import build_module
+from redoubt.errors import UserError
 from redoubt.nets import Folding, attack_mode
 from redoubt.nets import folding as folding_module
 from redoubt.nets.preact import PreActResNet18
@@ -226,3 +227,39 @@ def test_a_copy_folds_its_own_net(cell):
     twin = copy.deepcopy(module)
     own = set(map(id, twin.modules()))
     assert all(id(conv) in own and id(bn) in own for conv, bn in twin.folding.norms.items())
+
+
+def test_a_part_without_autocast_computes_as_it_asks():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return self.body(x.float())
+
+    net, x = Part().eval(), torch.rand(2, 3, 8, 8)
+    folding = Folding(net, lambda: net(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = net(x)
+        with folding.applied():
+            torch.testing.assert_close(net(x), plain)
+
+
+def test_a_net_that_was_rebuilt_is_watched_again(cell):
+    module = build_module(cell("base=at"))
+    x, y = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    module.craft(x, y)
+    watched = module.folding
+    module.craft(x, y)
+    assert module.folding is watched
+    name = next(n for n, m in module.net.named_modules() if isinstance(m, nn.BatchNorm2d))
+    module.net.set_submodule(name, nn.Identity())
+    module.craft(x, y)
+    assert module.folding is not watched
+
+
+def test_fold_is_true_or_false(cell):
+    with pytest.raises(UserError, match="fold='maybe' must be true or false"):
+        build_module(cell("fold=maybe"))

@@ -92,6 +92,8 @@ class RobustModule(LightningModule):
                 f"evaluation.weights={weights!r}: take {' or '.join(others)}, or ema where ema.decay is set "
                 f"(it is {ema_decay})"
             )
+        if not isinstance(fold, bool):
+            raise UserError(f"fold={fold!r} must be true or false")
         if accumulate < 1:
             raise UserError(f"trainer.accumulate={accumulate} must be at least 1")
         if clip is not None and clip <= 0:
@@ -147,7 +149,7 @@ class RobustModule(LightningModule):
         if not self.fold:
             yield
             return
-        if self.folding is None:
+        if self.folding is None or self.folding.stale:
             with torch.no_grad():
                 self.folding = Folding(self.net, lambda: self.run(x[:1]))
         with self.folding.applied():
@@ -206,9 +208,9 @@ class RobustModule(LightningModule):
 
     def craft(self, x: Tensor, y: Tensor) -> Tensor:
         """Training examples [B, 3, H, W]: ``objective.inner`` over ``logits``, raised by the inner attack."""
-        if not self.inner.steps:
-            return x
         steps, size = self.inner.stage(self.steps_done / self.steps_per_epoch / self.schedule.max_epochs)
+        if not steps:
+            return x
         rows = (self.share.first, self.share.total) if self.share else None
         start = self.inner.start_point(x, generator=self.generator("inner", x.device), rows=rows)
         with attack_mode(self.net), self.folded(x):

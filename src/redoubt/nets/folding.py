@@ -25,7 +25,8 @@ FEW_PIXELS = 1024
 class Folding:
     """The convolutions of a net, and which of them are followed by a BatchNorm and by nothing else.
 
-    They are found by watching one forward, so that it does not matter how the net is written. A convolution of a class
+    They are found by watching one forward, whatever the net is made of; a net whose forward takes other ways later, or
+    keeps a convolution's output aside for later use, is not to be folded. A convolution of a class
     of its own is left as it is; a pair of which one is called twice stays two.
 
     Args:
@@ -38,6 +39,7 @@ class Folding:
             out = forward()
         returned = {id(leaf) for leaf in tree_leaves(out)}
         calls = Counter(map(id, (*watch.convolved, *(bn for found in watch.normalised.values() for bn in found))))
+        self.net, self.modules = net, list(net.modules())
         self.convolutions = list(dict.fromkeys(watch.convolved))
         self.norms: dict[nn.Conv2d, nn.BatchNorm2d] = {}
         for conv, tensor in watch.outputs:
@@ -45,6 +47,12 @@ class Folding:
             once = len(found) == 1 and calls[id(conv)] == calls[id(found[0])] == 1
             if once and not watch.others[id(tensor)] and id(tensor) not in returned:
                 self.norms[conv] = found[0]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the net's modules are others than those that were watched."""
+        now = list(self.net.modules())
+        return len(now) != len(self.modules) or any(a is not b for a, b in zip(now, self.modules, strict=True))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -80,7 +88,8 @@ class Standing:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
         with torch.no_grad(), torch.autocast(device, enabled=False):
             weight, bias = (conv.weight, conv.bias) if bn is None else folded(conv, bn)
-            self.weight, self.bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+            self.whole = weight.detach(), None if bias is None else bias.detach()
+            self.weight, self.bias = self.whole[0].to(dtype), None if bias is None else bias.detach().to(dtype)
         self.conv, self.passes = conv, 0
         self.packed: tuple[Tensor, Tensor] | None = None
         plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and not isinstance(conv.padding, str)
@@ -97,7 +106,9 @@ class Standing:
             if self.packed is None:
                 self.packed = self.pack(list(x.shape))
             return cast(Tensor, _Packed.apply(x, self))
-        return F.conv2d(x, self.weight, self.bias, c.stride, c.padding, c.dilation, c.groups)
+        # A net may switch autocast off for a part of itself.
+        weight, bias = self.whole if x.dtype == self.whole[0].dtype and not autocasts(x) else (self.weight, self.bias)
+        return F.conv2d(x, weight, bias, c.stride, c.padding, c.dilation, c.groups)
 
     def pack(self, shape: list[int]) -> tuple[Tensor, Tensor]:
         """The weights in oneDNN's layout, for the forward and, turned round, for the gradient of x [B, C_in, H, W]."""
@@ -132,6 +143,10 @@ PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reo
 def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
     convolution = torch.ops.mkldnn._convolution_pointwise
     return cast(Tensor, convolution(x, packed, bias, padding, [1, 1], [1, 1], 1, "none", [], ""))
+
+
+def autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
