@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench lock wheel clean
+.PHONY: help setup demo test test-all faults lint bench lock wheel clean
 
 # uv makes the environment; it is installed into .tools where the machine has none.
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
@@ -29,6 +29,11 @@ test: setup  ## the tests, without the slow cells
 
 test-all: setup  ## every test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+KILLS ?= 40
+
+faults: setup  ## inject every fault of the README's table (KILLS=200: as many kills)
+	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(PY) -m pytest tests/faults -n 2
 
 lint: setup  ## ruff and mypy
 	.venv/bin/ruff check src tests benchmarks notebooks

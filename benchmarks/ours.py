@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from benchmarks.machine import flops
 from benchmarks.options import Options
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -58,6 +61,19 @@ def noise_batch(o: Options, module: RobustModule, size: int) -> Batch:
 def build(o: Options, cell: str, *more: str, model: str | None = None) -> RobustModule:
     """A cell's module with its optimizers, ready for ``training_step`` without a trainer."""
     return ready(build_module(compose(o, cell, *more, model=model)).to(o.device))
+
+
+def countable(o: Options, cell: str, *more: str, model: str | None = None) -> tuple[RobustModule, Batch]:
+    """A cell's module and two images to count operations with: not compiled and not folded, they bear known names."""
+    o = dataclasses.replace(o, compile=False)
+    module = build(o, cell, *more, model=model)
+    module.fold = False
+    return module, noise_batch(o, module, 2)
+
+
+def gflop(call: Callable[[], object], batch: int) -> float:
+    """GFLOP of a batch by a call with two images, since the operations grow with their number."""
+    return flops(call) / 1e9 * batch / 2
 
 
 def ready(module: RobustModule) -> RobustModule:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from benchmarks import ours
-from benchmarks.machine import flops
 from benchmarks.measure import Call, Row, Section, alternate, ratio, seconds_on, summary
 from benchmarks.options import Options
 
@@ -56,11 +55,8 @@ def axes(o: Options) -> dict[str, dict[int, Point]]:
 
 def point(o: Options, batch: int, *more: str, model: str | None = None) -> Point:
     """One step with a batch of this size, and its GFLOP, counted with two images."""
-    eager = dataclasses.replace(o, compile=False)
-    counted = ours.build(eager, "at", *more, model=model)
-    counted.fold = False  # the same operations, by names that are counted
-    pair = ours.noise_batch(o, counted, 2)
-    gflop = flops(lambda: ours.step(eager, counted, pair, o.precisions[0])) / 1e9 * batch / 2
+    counted, pair = ours.countable(o, "at", *more, model=model)
+    gflop = ours.gflop(lambda: ours.step(o, counted, pair, o.precisions[0]), batch)
     module = ours.build(o, "at", *more, model=model)
     images = ours.noise_batch(o, module, batch)
     return lambda: ours.step(o, module, images, o.precisions[0]), gflop

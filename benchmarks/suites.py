@@ -55,38 +55,33 @@ class Pair:
 
     def __init__(self, o: Options) -> None:
         self.o = o
-        if o.run:
-            run = Run(Path(o.run))
-            cfg, self.module = OmegaConf.create(run.config()), load(run, compile=False).to(o.device)
-            data = build_data(cfg)
-            data.setup("test")
-            images, labels = data.arrays("test")
-            self.images, self.y = images[: o.images], labels[: o.images].to(o.device)
-            self.eps = as_number(cfg.threat.eps, "threat.eps")
-        else:
-            self.module, self.images = self.fresh()
-            self.eps = as_number(o.eps, "eps")
-        self.module.eval()
-        self.x = (self.images.float() / 255).to(o.device)
-        if not o.run:
-            with torch.no_grad():
-                self.y = self.module.net(self.x).argmax(1)
+        self.module, self.images, labels, self.eps = self.of_run(Run(Path(o.run))) if o.run else self.fresh()
+        self.x, self.y = (self.images.float() / 255).to(o.device), labels.to(o.device)
         self.theirs = copy.deepcopy(self.module.net).to(memory_format=torch.contiguous_format)
-        cfg = ours.compose(o, "at", "attack=fsr_suite", f"attack.eps={self.eps}")
-        self.fsr = suite(plain(cfg.attack))
+        self.fsr = suite(plain(ours.compose(o, "at", "attack=fsr_suite", f"attack.eps={self.eps}").attack))
 
-    def fresh(self) -> tuple[RobustModule, Tensor]:
-        """A net that was not trained, its BatchNorm's statistics those of the images: else all it says is one class."""
+    def of_run(self, run: Run) -> tuple[RobustModule, Tensor, Tensor, float]:
+        """A trained module in evaluation mode, test images uint8, their labels and eps."""
+        cfg = OmegaConf.create(run.config())
+        data = build_data(cfg)
+        data.setup("test")
+        images, labels = (tensor[: self.o.images] for tensor in data.arrays("test"))
+        module = load(run, compile=False).to(self.o.device).eval()
+        return module, images, labels, as_number(cfg.threat.eps, "threat.eps")
+
+    def fresh(self) -> tuple[RobustModule, Tensor, Tensor, float]:
+        """The same of noise; BatchNorm's statistics are those of the images, or all that the net says is one class."""
         module = ours.build(self.o, "at")
         g = torch.Generator().manual_seed(0)
-        size = module.image_size
-        images = torch.randint(256, (self.o.images, 3, size, size), generator=g, dtype=torch.uint8)
+        images = torch.randint(256, (self.o.images, 3, *2 * [module.image_size]), generator=g, dtype=torch.uint8)
         for norm in module.net.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.momentum = 1.0
+        x = (images.float() / 255).to(self.o.device)
         with torch.no_grad():
-            module.net.train()((images.float() / 255).to(self.o.device))
-        return module, images
+            module.net.train()(x)
+            labels = module.eval().net(x).argmax(1)
+        return module, images, labels, as_number(self.o.eps, "eps")
 
     def ours(self, chosen: Suite, **options: bool) -> Verdicts:
         found = judge(

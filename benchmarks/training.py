@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from benchmarks import ours
 from benchmarks.libraries import LIBRARIES
-from benchmarks.machine import DTYPES, flops, product
+from benchmarks.machine import DTYPES, product
 from benchmarks.measure import Call, Row, Section, alternate, compared, peak_memory_on, seconds_on
 from benchmarks.options import Options
 from benchmarks.peer_defenses import PEERS
@@ -20,8 +19,8 @@ from redoubt.build import build_module
 from redoubt.data import Batch
 from redoubt.defenses import RobustModule
 
-#: The framework's call, and a peer's.
 Peers = Mapping[str, Callable[[RobustModule], PGDAT]]
+#: The framework's call, and a peer's.
 Work = tuple[Callable[[Options, RobustModule, Batch, str], object], Callable[[PGDAT, Batch], object]]
 CRAFT: Work = (ours.craft, lambda peer, batch: peer.craft(batch.x, batch.y))
 STEP: Work = (ours.step, lambda peer, batch: peer.step(batch.x, batch.y))
@@ -33,11 +32,7 @@ def craft(o: Options) -> Section:
     title = "Crafting: the training attack of PGD-AT, seconds per batch"
     section = Section("craft", title, ["model", "batch", *SPEED])
     for model, size in o.nets:
-        gflop, _ = counted(o, "at", model, size, CRAFT)
-        products = Products(o, size)
-        sides = built(o, "at", model, size, CRAFT) | products.calls
-        readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds)
-        rows = with_limit(o, products.rates(readings), readings, gflop)
+        rows, _ = measured(o, "at", model, size, CRAFT, authors("at"), o.seconds)
         section.rows += [{"model": model, "batch": size, **row} for row in rows]
     return section
 
@@ -48,11 +43,8 @@ def step(o: Options) -> Section:
     section = Section("step", title, ["cell", *SPEED, "of at", "forward", "backward"])
     medians: dict[str, float] = {}
     for cell in o.cells:
-        gflop, passes = counted(o, cell, o.model, o.batch, STEP)
-        products = Products(o, o.batch)
-        sides = built(o, cell, o.model, o.batch, STEP) | products.calls
-        readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=4 * o.seconds)
-        for row in with_limit(o, products.rates(readings), readings, gflop):
+        rows, passes = measured(o, cell, o.model, o.batch, STEP, authors(cell), 4 * o.seconds)
+        for row in rows:
             if cell == "at":
                 medians[row["side"]] = row["median"]
             of_at = row["median"] / medians[row["side"]] if row["side"] in medians else None
@@ -64,13 +56,8 @@ def step(o: Options) -> Section:
 def libraries(o: Options) -> Section:
     """PGD-AT's full step by the libraries' ways."""
     title = f"Full training step of PGD-AT by libraries, {o.model}, batch {o.batch}: seconds"
-    section = Section("libraries", title, list(SPEED))
-    gflop, _ = counted(o, "at", o.model, o.batch, STEP, LIBRARIES)
-    products = Products(o, o.batch)
-    sides = built(o, "at", o.model, o.batch, STEP, LIBRARIES) | products.calls
-    readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds)
-    section.rows = with_limit(o, products.rates(readings), readings, gflop)
-    return section
+    rows, _ = measured(o, "at", o.model, o.batch, STEP, LIBRARIES, o.seconds)
+    return Section("libraries", title, SPEED, rows)
 
 
 def memory(o: Options) -> Section:
@@ -99,6 +86,31 @@ def memory(o: Options) -> Section:
     return section
 
 
+def measured(
+    o: Options, cell: str, model: str, size: int, work: Work, peers: Peers, seconds: float
+) -> tuple[list[Row], dict[str, int]]:
+    """Ours and the peers by turns, with a batch of this size.
+
+    Returns:
+        Rows of the sides, with their operations and the share of the time that ours would take at the rate of matrix
+        products, which take their turns too: the limit is of the same minutes. And the passes of our step.
+    """
+    counted, pair = ours.countable(o, cell, model=model)
+    gflop = {name: ours.gflop(call, size) for name, call in calls(o, counted, pair, work, peers).items()}
+    module = ours.build(o, cell, model=model)
+    limits = {p: product(o.device, DTYPES[p], size) for p in dict.fromkeys(("float32", *o.precisions))}
+    sides: dict[Any, Call] = {**calls(o, module, ours.noise_batch(o, module, size), work, peers)}
+    sides |= {("products", p): call for p, (call, _) in limits.items()}
+    readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=seconds)
+    rates = {p: [done / s for s in readings.pop(("products", p))] for p, (_, done) in limits.items()}
+    rows = compared(readings, first_of(o))
+    for row in rows:
+        rate = rates["bf16" if row["side"].endswith("bf16") else "float32"]
+        shares = [gflop[first_of(o)] / r / s for r, s in zip(rate, readings[row["side"]], strict=True)]
+        row["GFLOP"], row["share"] = gflop[row["side"]], statistics.median(shares)
+    return rows, ours.passes(counted, pair)
+
+
 def calls(o: Options, module: RobustModule, batch: Batch, work: Work, peers: Peers) -> dict[str, Call]:
     """What takes turns: ours in each precision, and the peers in float32."""
     by_us, by_them = work
@@ -111,64 +123,6 @@ def authors(cell: str) -> Peers:
     return {"authors": PEERS[cell]} if cell in PEERS else {}
 
 
-def built(
-    o: Options,
-    cell: str,
-    model: str,
-    size: int,
-    work: Work,
-    peers: Peers | None = None,
-) -> dict[str, Call]:
-    """The calls of a cell with a batch of this size; of the authors where no peers are given."""
-    module = ours.build(o, cell, model=model)
-    return calls(o, module, ours.noise_batch(o, module, size), work, authors(cell) if peers is None else peers)
-
-
-def counted(
-    o: Options,
-    cell: str,
-    model: str,
-    size: int,
-    work: Work,
-    peers: Peers | None = None,
-) -> tuple[dict[str, float], dict[str, int]]:
-    """GFLOP of each side, and our step's passes: of two images, since the operations grow with their number."""
-    o = dataclasses.replace(o, compile=False)
-    module = ours.build(o, cell, model=model)
-    module.fold = False  # the same operations, by names that are counted
-    pair = ours.noise_batch(o, module, 2)
-    sides = calls(o, module, pair, work, authors(cell) if peers is None else peers)
-    return {name: flops(call) / 1e9 * size / 2 for name, call in sides.items()}, ours.passes(module, pair)
-
-
 def first_of(o: Options) -> str:
     """The side that the others are compared with."""
     return f"ours, {o.precisions[0]}"
-
-
-class Products:
-    """Matrix products that take turns with the sides: the limit is of the same minutes as what is held against it."""
-
-    def __init__(self, o: Options, batch: int) -> None:
-        precisions = dict.fromkeys(("float32", *o.precisions))
-        self.made = {p: product(o.device, DTYPES[p], batch) for p in precisions}
-
-    @property
-    def calls(self) -> dict[str, Call]:
-        return {f"products, {p}": call for p, (call, _) in self.made.items()}
-
-    def rates(self, readings: dict[Any, list[float]]) -> dict[str, list[float]]:
-        """GFLOP/s of each round by precision; takes their readings out."""
-        return {p: [gflop / s for s in readings.pop(f"products, {p}")] for p, (_, gflop) in self.made.items()}
-
-
-def with_limit(
-    o: Options, rates: Mapping[str, list[float]], readings: Mapping[str, list[float]], gflop: Mapping[str, float]
-) -> list[Row]:
-    """Rows of sides, with their operations and the share of the time that ours would take at the matrix rate."""
-    rows = compared(readings, first_of(o))
-    for row in rows:
-        rate = rates["bf16" if row["side"].endswith("bf16") else "float32"]
-        shares = [gflop[first_of(o)] / r / s for r, s in zip(rate, readings[row["side"]], strict=True)]
-        row["GFLOP"], row["share"] = gflop[row["side"]], statistics.median(shares)
-    return rows

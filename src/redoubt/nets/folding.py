@@ -26,8 +26,8 @@ class Folding:
     """The convolutions of a net, and which of them are followed by a BatchNorm and by nothing else.
 
     They are found by watching one forward, whatever the net is made of; a net whose forward takes other ways later, or
-    keeps a convolution's output aside for later use, is not to be folded. A convolution of a class
-    of its own is left as it is; a pair of which one is called twice stays two.
+    keeps a convolution's output aside for later use, is not to be folded. A convolution of a class of its own is left
+    as it is; a pair of which one is called twice stays two.
 
     Args:
         net: The net.
@@ -38,21 +38,21 @@ class Folding:
         with _Watch(net) as watch:
             out = forward()
         returned = {id(leaf) for leaf in tree_leaves(out)}
-        calls = Counter(map(id, (*watch.convolved, *(bn for found in watch.normalised.values() for bn in found))))
+        convolved = [conv for conv, _ in watch.outputs]
+        calls = Counter([*convolved, *(bn for found in watch.normalised.values() for bn in found)])
         self.net, self.modules = net, list(net.modules())
-        self.convolutions = list(dict.fromkeys(watch.convolved))
+        self.convolutions = list(dict.fromkeys(convolved))
         self.norms: dict[nn.Conv2d, nn.BatchNorm2d] = {}
         for conv, tensor in watch.outputs:
             found = watch.normalised[id(tensor)]
-            once = len(found) == 1 and calls[id(conv)] == calls[id(found[0])] == 1
+            once = len(found) == 1 and calls[conv] == calls[found[0]] == 1
             if once and not watch.others[id(tensor)] and id(tensor) not in returned:
                 self.norms[conv] = found[0]
 
     @property
     def stale(self) -> bool:
         """Whether the net's modules are others than those that were watched."""
-        now = list(self.net.modules())
-        return len(now) != len(self.modules) or any(a is not b for a, b in zip(now, self.modules, strict=True))
+        return list(self.net.modules()) != self.modules  # modules are equal where they are the same one
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -79,8 +79,8 @@ class Standing:
     """A convolution whose weights stand still, with the BatchNorm behind it where there is one.
 
     Attributes:
-        weight: [C_out, C_in / groups, k, k], in the precision of autocast where it is on.
-        bias: [C_out] or None.
+        whole: Weight [C_out, C_in / groups, k, k], and bias [C_out] or None, in the net's own precision.
+        weight, bias: In that of autocast where it is on.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> None:
@@ -92,11 +92,11 @@ class Standing:
             self.weight, self.bias = self.whole[0].to(dtype), None if bias is None else bias.detach().to(dtype)
         self.conv, self.passes = conv, 0
         self.packed: tuple[Tensor, Tensor] | None = None
-        plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and not isinstance(conv.padding, str)
-        self.packs = plain and PACKS and device == "cpu" and dtype in (torch.float32, torch.bfloat16)
-        self.padding = [int(p) for p in conv.padding] if self.packs else []
-        self.padding_back = [k - 1 - p for k, p in zip(conv.kernel_size, self.padding, strict=False)]
-        self.packs &= all(p >= 0 for p in self.padding_back)
+        self.packs = False
+        if PACKS and device == "cpu" and dtype in (torch.float32, torch.bfloat16) and not isinstance(conv.padding, str):
+            self.padding = list(conv.padding)
+            self.padding_back = [k - 1 - p for k, p in zip(conv.kernel_size, self.padding, strict=True)]
+            self.packs = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and min(self.padding_back) >= 0
 
     def __call__(self, x: Tensor) -> Tensor:
         c = self.conv
@@ -107,7 +107,8 @@ class Standing:
                 self.packed = self.pack(list(x.shape))
             return cast(Tensor, _Packed.apply(x, self))
         # A net may switch autocast off for a part of itself.
-        weight, bias = self.whole if x.dtype == self.whole[0].dtype and not autocasts(x) else (self.weight, self.bias)
+        apart = x.dtype == self.whole[0].dtype and not torch.is_autocast_enabled(x.device.type)
+        weight, bias = self.whole if apart else (self.weight, self.bias)
         return F.conv2d(x, weight, bias, c.stride, c.padding, c.dilation, c.groups)
 
     def pack(self, shape: list[int]) -> tuple[Tensor, Tensor]:
@@ -145,10 +146,6 @@ def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: list[int]
     return cast(Tensor, convolution(x, packed, bias, padding, [1, 1], [1, 1], 1, "none", [], ""))
 
 
-def autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
-
-
 def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that equals both in evaluation mode."""
     assert bn.running_mean is not None
@@ -176,7 +173,6 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.net, self.inside = net, False
         self.outputs: list[tuple[nn.Conv2d, Tensor]] = []  # holds the tensors, so that their ids stay theirs
-        self.convolved: list[nn.Conv2d] = []
         self.normalised: dict[int, list[nn.BatchNorm2d]] = {}
         self.others: Counter[int] = Counter()
 
@@ -202,7 +198,6 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _convolved(self, conv: nn.Conv2d, args: Any, out: Tensor) -> None:
-        self.convolved.append(conv)
         self.outputs.append((conv, out))
         self.normalised[id(out)] = []
         self.others[id(out)] = 0
