@@ -59,6 +59,7 @@ for line in sys.stdin:
     sys.argv = ["redoubt", *job["argv"]]
     code = 1
     try:
+        exec(job["before"])
         redoubt.cli.main()
     except SystemExit as end:
         code = end.code or 0
@@ -108,13 +109,14 @@ class Command:
         return self
 
 
-def start(cwd: Path, *argv: str, name: str = "", **env: str) -> Command:
-    """Begins ``redoubt argv`` in a process of its own."""
+def start(cwd: Path, *argv: str, name: str = "", before: str = "", **env: str) -> Command:
+    """Begins ``redoubt argv`` in a process of its own, after the Python statements ``before``."""
     cwd.mkdir(parents=True, exist_ok=True)
     name = name or f"{time.monotonic_ns()}"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "PYTEST"))}
     out, err = cwd / f"{name}.out", cwd / f"{name}.err"
-    pid = ask(argv=argv, cwd=str(cwd), env={**kept, **QUIET, **env}, out=str(out), err=str(err))
+    env = {**kept, **QUIET, **env}
+    pid = ask(argv=argv, cwd=str(cwd), env=env, out=str(out), err=str(err), before=before)
     return Command(pid, out, err)
 
 

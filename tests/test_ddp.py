@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import pytest
 import torch
 from tests.test_cli import SMALL, Command, only_run, own_package, python_path, redoubt, start
 
+from redoubt.runs.files import read_rows
 from redoubt.runs.store import Run, Store
-from redoubt.training.recorder import read_rows
 
 TWO = [
     *SMALL, "data.limit_train=29", "data.batch_size=8", "data.limit_test=25", "inner.steps=2", "trainer=ddp_cpu",
@@ -30,13 +31,16 @@ def of_own(folder: Path) -> tuple[list[str], dict[str, str]]:
     return ["--config-dir", str(conf)], python_path(folder)
 
 
-def launched(folder: Path, *argv: str, **env: str) -> list[Command]:
+def launched(folder: Path, *argv: str, befores: Sequence[str] = ("", ""), **env: str) -> list[Command]:
     """The two processes of a command, started as torchrun does."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0", **env}
-    return [start(folder, *argv, name=f"rank{r}", **common, LOCAL_RANK=str(r), RANK=str(r)) for r in range(2)]
+    return [
+        start(folder, *argv, name=f"rank{r}", before=before, **common, LOCAL_RANK=str(r), RANK=str(r))
+        for r, before in enumerate(befores)
+    ]
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

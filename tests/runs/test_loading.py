@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from redoubt.build import build_data
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.runs import running
+from redoubt.runs.checkpoints import checksum_file, write_checkpoint
 from redoubt.runs.store import Run
 
 Cell = Callable[..., DictConfig]
@@ -163,19 +165,40 @@ def test_a_checkpoint_that_would_run_something(finished: Finished, tmp_path: Pat
         def __reduce__(self) -> tuple[object, ...]:
             return (Path.touch, (tmp_path / "sprung",))
 
-    torch.save({"state_dict": {}, "redoubt": {"x": Trap()}}, run.last)
+    write_checkpoint({"state_dict": {}, "redoubt": {"x": Trap()}}, run.last)
     refused(run, str(run.last))
     assert not (tmp_path / "sprung").exists()
 
 
 def test_a_checkpoint_of_another_net(finished: Finished) -> None:
     run, _ = finished()
-    other, _ = finished("model.widths=[16,32,64,64]")
-    shutil.copy(other.last, run.last)
-    refused(run, str(run.last), "another net", "the first is")
-    fsr, _ = finished("defense=fsr")
-    shutil.copy(fsr.last, run.last)
-    refused(run, str(run.last), "another net")
+    for overrides, key in (("model.widths=[16,32,64,64]", "model.widths"), ("defense=fsr", "defense._target_")):
+        other, _ = finished(overrides)
+        shutil.copy(other.last, run.last)
+        refused(run, str(run.last), "SHA-256")
+        shutil.copy(checksum_file(other.last), checksum_file(run.last))
+        refused(run, str(run.config_file), "differs in", key)
+        anonymous(run.last)
+        refused(run, str(run.last), "another net", "the first is")
+
+
+def anonymous(file: Path) -> None:
+    """Leaves out what a checkpoint says of its run."""
+    content = torch.load(file, weights_only=True)
+    del content["run"]
+    write_checkpoint(content, file)
+
+
+def test_a_config_that_was_edited(finished: Finished) -> None:
+    """Another normalisation or class of the net would be another function with the same weights."""
+    run, _ = finished()
+    config = run.config()
+    for key, value in (("normalize", True), ("_target_", "redoubt.nets.PreActResNet18")):
+        run.config_file.write_text(yaml.safe_dump({**config, "model": {**config["model"], key: value}}))
+        refused(run, str(run.config_file), "differs in model." + key, "put the values back")
+    elsewhere = {**config, "paths": {"outputs": "elsewhere"}, "seed": float(config["seed"])}
+    run.config_file.write_text(yaml.safe_dump(elsewhere))
+    redoubt.load(run)
 
 
 def test_weights_that_are_not_there(finished: Finished) -> None:
@@ -195,4 +218,5 @@ def test_a_config_that_names_a_strangers_function(finished: Finished) -> None:
     run, _ = finished()
     text = run.config_file.read_text()
     run.config_file.write_text(text.replace("redoubt.nets.small.ResNetSmall", "os.system"))
+    anonymous(run.last)
     refused(run, "os.system", "not allowed")

@@ -13,7 +13,8 @@ from tests.conftest import everything
 
 from redoubt.build import build_data, build_module
 from redoubt.runs import running
-from redoubt.training.recorder import Stopped, read_rows
+from redoubt.runs.files import read_rows
+from redoubt.training.recorder import Stopped
 
 STEPS = 8  # two epochs of 30 images in batches of 8
 

@@ -16,9 +16,9 @@ from redoubt.build import build_data
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.runs import running
+from redoubt.runs.files import read_rows
 from redoubt.runs.identity import deciding, differences, plain
 from redoubt.runs.store import Run, Store
-from redoubt.training.recorder import read_rows
 
 Cell = Callable[..., DictConfig]
 

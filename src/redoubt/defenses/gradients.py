@@ -91,6 +91,11 @@ def add(total: list[Gradient] | None, new: list[Gradient]) -> list[Gradient]:
     return total
 
 
+def rank() -> int:
+    """This process among those that train together."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def sum_over_ranks(tensors: Sequence[Tensor]) -> int:
     """Sums tensors of one type over all ranks in place, by one flat all-reduce; returns the number of ranks."""
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -500,7 +500,7 @@ class RobustModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["redoubt"] = {
             "steps_done": self.steps_done,
-            "tally": self.tally.state_dict(),
+            "tally": self.tally.over_ranks(),
             "scale": self.scale.state_dict() if self.scale else None,
             "ema": self.ema.average if self.ema else None,
         }
@@ -508,7 +508,7 @@ class RobustModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["redoubt"]
         self.steps_done = state["steps_done"]
-        self.tally.load_state_dict(state["tally"])
+        self.tally.go_on_from(state["tally"])
         if state["scale"] is not None:
             self.scale = grad.LossScale(self.device)
             self.scale.load_state_dict(state["scale"])

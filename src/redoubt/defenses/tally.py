@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redoubt.defenses.gradients import sum_over_ranks
+from redoubt.defenses.gradients import rank, sum_over_ranks
 from redoubt.errors import UserError
 
 LOOK_EVERY = 10
@@ -34,11 +34,17 @@ class Tally:
         names, self.sums = list(self.sums), {}
         return dict(zip(names, values, strict=True))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {k: v.clone() for k, v in self.sums.items()}
+    def over_ranks(self) -> dict[str, Tensor]:
+        """The sums so far of all ranks together, for a checkpoint; every rank calls it."""
+        if not self.sums:
+            return {}
+        both = torch.stack(list(self.sums.values()))
+        sum_over_ranks([both])
+        return dict(zip(self.sums, both.clone(), strict=True))
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.sums = dict(state)
+    def go_on_from(self, sums: dict[str, Tensor]) -> None:
+        """Takes what `over_ranks` gave, on the first rank; the others begin at nought."""
+        self.sums = dict(sums) if rank() == 0 else {name: torch.zeros_like(pair) for name, pair in sums.items()}
 
 
 class NotFinite(UserError):

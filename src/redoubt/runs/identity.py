@@ -49,6 +49,9 @@ EXCLUDED = frozenset(
 #: Where a config names the run that it starts from; that run's identity takes their place once it is known.
 PRETRAINED = frozenset({"pretrained", "defense.pretrained"})
 
+#: What a run's identity leaves out of its config.
+WITHOUT = EXCLUDED | PRETRAINED
+
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "numpy")
 
 _INTEGER = re.compile(r"[+-]?\d{1,400}")
@@ -125,21 +128,25 @@ def digest(decisive: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(canonical(decisive), sort_keys=True).encode()).hexdigest()[:10]
 
 
-def identity(cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | None = None) -> str:
-    """Ten hex digits that name what decides a run's weights.
+def decides(cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | None = None) -> dict[str, Any]:
+    """All that decides a run's weights, as a plain mapping.
 
     Args:
         cfg: The composed config, resolved or resolvable.
         train_fingerprint: Stands for the training tensors, in place of ``data.root`` and ``data.source``.
         pretrained: Identity of what this run starts from, in place of the config's ``pretrained``; None from scratch.
     """
-    decisive = {
-        "config": deciding(cfg, excluded=EXCLUDED | PRETRAINED),
+    return {
+        "config": deciding(cfg, excluded=WITHOUT),
         "data": train_fingerprint,
         "pretrained": pretrained,
         "numerics": redoubt.NUMERICS,
     }
-    text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
+
+
+def identity(cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | None = None) -> str:
+    """Ten hex digits that name what `decides` a run's weights; its arguments."""
+    text = json.dumps(decides(cfg, train_fingerprint, pretrained), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

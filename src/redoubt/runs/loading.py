@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from redoubt.build import build_module
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.nets import load_weights
+from redoubt.runs.checkpoints import read_checkpoint
+from redoubt.runs.identity import WITHOUT, deciding, differences
 from redoubt.runs.store import Run, Store
 
 
@@ -52,6 +55,8 @@ def load(
     else:
         run = source if isinstance(source, Run) else Store(outputs).find(source)
         file = checkpoint_file(run, checkpoint)
+    content = read_checkpoint(file)
+    _same_config(run, content, file)
     cfg = OmegaConf.create(run.config())
     if "pretrained" in cfg.model:
         cfg.model.pretrained = False  # its weights follow: nothing is downloaded
@@ -60,7 +65,7 @@ def load(
     if compile is not None:
         cfg.compile = compile
     module = build_module(cfg)
-    restore(module, file)
+    restore(module, content, file)
     return module
 
 
@@ -128,30 +133,28 @@ def checkpoint_file(run: Run, which: str) -> Path:
         raise UserError(f"evaluation.checkpoint={which!r} is not known: take last or best")
     file = run.last if which == "last" else run.best
     if not file.is_file():
-        hint = "; best needs a validation split (data.val_fraction)" if which == "best" else "; train it first"
+        hint = "; train it first"
+        if which == "best":
+            hint = "; best needs a validation split (data.val_fraction)"
+        elif run.finished:
+            hint = f"; put it back, or remove the run (redoubt runs rm {run.name}) and train it again"
         raise UserError(f"{file} does not exist{hint}")
     return file
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint's contents; tensors and plain containers only, nothing in it is executed.
-
-    Raises:
-        UserError: Missing, truncated or none of ours.
-    """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises any of a dozen kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{file} is not a readable checkpoint ({reason}): remove it or restore it") from error
-    if not isinstance(content, dict) or not {"state_dict", "redoubt"} <= set(content):
-        raise UserError(f"{file} is not a checkpoint of ours: give foreign weights as checkpoint=<file> to eval.py")
-    return content
+def _same_config(run: Run, content: Mapping[str, Any], file: Path) -> None:
+    """Refuses weights that were trained by another config than the one beside them: it would build another net."""
+    trained = content.get("run", {}).get("decides", {}).get("config")
+    changed = differences(trained, deciding(run.config(), excluded=WITHOUT)) if trained else []
+    if changed:
+        raise UserError(
+            f"{run.config_file} is not what {file.name} was trained with: it differs in {', '.join(changed)}; "
+            "put the values back"
+        )
 
 
-def restore(module: RobustModule, file: Path) -> None:
-    """Puts a checkpoint's evaluated weights into the module and sets it to evaluation."""
-    content = read_checkpoint(file)
+def restore(module: RobustModule, content: Mapping[str, Any], file: Path) -> None:
+    """Puts the evaluated weights of a checkpoint's content into the module and sets it to evaluation."""
     try:
         state = module.evaluated_state(content)
     except UserError as error:

@@ -22,8 +22,10 @@ from redoubt.errors import UserError
 from redoubt.evaluation.record import Source, evaluate
 from redoubt.nets import load_backbone
 from redoubt.reporting.wandb_log import log_evaluation
-from redoubt.runs.identity import identity, plain
-from redoubt.runs.loading import is_exported, load, read_checkpoint, weights_hash
+from redoubt.runs.checkpoints import checksum_file, newest, strip
+from redoubt.runs.files import read_rows
+from redoubt.runs.identity import decides, differences, identity, plain
+from redoubt.runs.loading import is_exported, load, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name, reason
 from redoubt.sweeps import Pruned, Taken
@@ -31,7 +33,7 @@ from redoubt.training.distributed import ranks
 from redoubt.training.loggers import opened
 from redoubt.training.progress import ProgressBar
 from redoubt.training.pruning import pruning
-from redoubt.training.recorder import Recorder, Stopped, strip
+from redoubt.training.recorder import Recorder, Stopped
 from redoubt.training.trainer import accelerator, device_name, make_trainer
 
 log = logging.getLogger("redoubt")
@@ -66,7 +68,7 @@ def train(cfg: DictConfig, data: ImageData, wait: bool | None = None) -> Run:
     run = Run(store.folder / f"{readable_name(cfg.axes, cfg.seed)}-{digest}")
     finished = broadcast(run.finished)
     module = None if finished else build_module(cfg)  # what its constructors refuse leaves no run behind
-    if module is not None and start is not None and not broadcast(run.last.is_file()):
+    if module is not None and start is not None and not broadcast(run.begun):
         begin(module, start, cfg, data)
     if rank == 0:
         store.open(cfg.axes, cfg.seed, digest, plain(cfg), devices=[device_name(cfg)])
@@ -78,12 +80,14 @@ def train(cfg: DictConfig, data: ImageData, wait: bool | None = None) -> Run:
         if rank == 0:
             run.update(state="running", max_epochs=int(cfg.trainer.max_epochs))
         with failures_noted(run if rank == 0 else None):
-            _fit(cfg, data, run, module)
+            _fit(cfg, data, run, module, start)
         if rank == 0:
             run.update(state="done")
             if cfg.runs.keep != "all":
                 for file in filter(Path.is_file, (run.last, run.best)):
                     strip(file)
+                for file in (run.previous, checksum_file(run.previous)):
+                    file.unlink(missing_ok=True)
         barrier()
     return run
 
@@ -110,14 +114,24 @@ def begin(module: RobustModule, start: Start, cfg: DictConfig, data: ImageData) 
     module.start_from(trained_net(start, cfg))
 
 
-def _fit(cfg: DictConfig, data: ImageData, run: Run | None, module: RobustModule | None = None) -> RobustModule:
+def _fit(
+    cfg: DictConfig,
+    data: ImageData,
+    run: Run | None,
+    module: RobustModule | None = None,
+    start: Start | None = None,
+) -> RobustModule:
     """Trains a module (of the config, where None is given), into a run's folder or (None) nowhere."""
     module = module or build_module(cfg)
     best: tuple[str, ...] = ()
     if data.val_fraction > 0:
         clean, robust = "val/clean", f"val/pgd{cfg.validation.steps}"
         best = (clean,) if cfg.axes.base == "standard" else (robust, clean)
-    recorder = Recorder(run, every=cfg.trainer.checkpoint_every, best=best)
+    facts = {
+        "decides": decides(cfg, data.fingerprint("train"), start.identity if start else None),
+        "machine": f"{device_name(cfg)}, torch {torch.__version__}",
+    }
+    recorder = Recorder(run, every=cfg.trainer.checkpoint_every, best=best, facts=facts)
     with (
         tempfile.TemporaryDirectory() if run is None else nullcontext(run.folder) as folder,
         opened(cfg, run) as loggers,
@@ -125,9 +139,8 @@ def _fit(cfg: DictConfig, data: ImageData, run: Run | None, module: RobustModule
         bar = ProgressBar(enabled=bool(cfg.trainer.progress), title=cfg.axes.defense + "+" + cfg.axes.base)
         trainer = make_trainer(cfg, Path(folder), [bar, recorder, *pruning(cfg, run)], loggers)
         resume = None
-        if run is not None and broadcast(run.last.is_file()):
-            read_checkpoint(run.last)  # a damaged one ends here in one line
-            resume = str(run.last)
+        if run is not None:
+            resume = broadcast(_resumed(run, facts) if ranks()[0] == 0 else None)
         note(
             f"{'resuming' if resume else 'training'} {run.name if run else '(fast_dev_run)'} | recipe "
             f"{', '.join(cfg.axes.recipes) or 'default'} | {device_name(cfg)} | {cfg.trainer.precision}"
@@ -142,7 +155,32 @@ def _fit(cfg: DictConfig, data: ImageData, run: Run | None, module: RobustModule
         expected = data.steps_per_epoch(ranks()[1]) * int(cfg.trainer.max_epochs)
         if module.steps_done != expected:
             raise RuntimeError(f"{module.steps_done} steps were trained where {expected} were due")
+        epochs = [int(row["epoch"]) for row in read_rows(run.metrics_file)]
+        if ranks()[0] == 0 and epochs != list(range(1, int(cfg.trainer.max_epochs) + 1)):
+            raise RuntimeError(f"{run.metrics_file} has rows of the epochs {epochs}: not one for each that was trained")
     return module
+
+
+def _resumed(run: Run, facts: dict[str, Any]) -> str | None:
+    """The checkpoint to go on from, or None.
+
+    Raises:
+        UserError: It is damaged, or of a run that other values decided.
+    """
+    found = newest(run)
+    if found is None:
+        return None
+    file, stored = found
+    differ = differences(stored["decides"], facts["decides"]) if stored else []
+    if differ:
+        keys = ", ".join(key.removeprefix("config.") for key in differ)
+        raise UserError(f"{file} is of a run that differs in {keys}: put this run's own checkpoint back, or remove it")
+    if stored and stored["machine"] != facts["machine"]:
+        note(
+            f"going on with {facts['machine']} where {stored['machine']} was before: "
+            "the last bits may differ from those of a run that stayed"
+        )
+    return str(file)
 
 
 def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:

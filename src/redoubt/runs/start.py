@@ -13,8 +13,9 @@ from redoubt.build import make
 from redoubt.data import ImageData
 from redoubt.errors import UserError
 from redoubt.nets import Backbone, load_backbone, load_weights
+from redoubt.runs.checkpoints import read_checkpoint
 from redoubt.runs.identity import identity, plain
-from redoubt.runs.loading import CONSTANTS, constants, load, read_checkpoint, weights_hash
+from redoubt.runs.loading import CONSTANTS, constants, load, weights_hash
 from redoubt.runs.store import Run, Store, readable_name, reason
 from redoubt.runs.twin import twin_config
 

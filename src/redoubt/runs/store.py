@@ -53,7 +53,7 @@ class Run:
         environment_file: ``environment.json``: versions, git state, devices.
         status_file: ``status.json``; read by ``status``, written by ``update``.
         metrics_file: ``metrics.csv``.
-        checkpoints: Folder of ``last`` and, with a validation split, ``best``.
+        checkpoints: Folder of ``last``, while it trains of the one before, and, with a validation split, of ``best``.
         eval: Folder of the evaluations, one folder in it for each.
     """
 
@@ -67,6 +67,7 @@ class Run:
         self.metrics_file = self.folder / "metrics.csv"
         self.checkpoints = self.folder / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
+        self.previous = self.checkpoints / "previous.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.eval = self.folder / "eval"
 
@@ -84,6 +85,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the run is there and its training is done."""
         return self.exists() and self.status["state"] == "done"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self.last.is_file() or self.previous.is_file()
 
     def must_be_finished(self) -> None:
         """Refuses a run whose weights may still change."""

@@ -7,16 +7,15 @@ import io
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from redoubt import deadline
-from redoubt.errors import UserError
-from redoubt.runs.files import atomic, read_rows, write_text
+from redoubt.runs.files import write_text
 from redoubt.runs.store import Run
 from redoubt.training.distributed import Agreement, ranks
 
@@ -35,10 +34,19 @@ class Recorder(Checkpoint):
         every: Also save a checkpoint every so many steps.
         best: Names of the metrics that choose ``best.ckpt``, the first decides, the next break ties; empty
             where there is no validation split.
+        facts: What each checkpoint says of the run: all that decides its weights, and the machine.
     """
 
-    def __init__(self, run: Run | None, *, every: int | None = None, best: tuple[str, ...] = ()) -> None:
-        self.run, self.every, self.best = run, every, best
+    def __init__(
+        self,
+        run: Run | None,
+        *,
+        every: int | None = None,
+        best: tuple[str, ...] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run, self.every, self.best, self.facts = run, every, best, facts or {}
+        self.rows: list[dict[str, Any]] = []  # of metrics.csv, up to the last epoch that was finished
         self.best_score: list[float] | None = None
         self.stop: int | None = None  # the signal that asks for it
         self.agreement = Agreement()
@@ -129,44 +137,36 @@ class Recorder(Checkpoint):
         return self.seconds + time.monotonic() - self._since
 
     def save(self, trainer: Trainer, path: Path) -> None:
-        """Writes a checkpoint to a temporary name and renames it; every rank calls it."""
-        try:
-            if ranks()[0] == 0:
-                with atomic(path) as temporary:
-                    trainer.save_checkpoint(temporary)
-            else:
-                trainer.save_checkpoint(path)  # writes on rank 0 only, but waits for it
-        except OSError as error:
-            raise UserError(f"{path}: the checkpoint could not be written ({error}); see paths.outputs") from error
+        """Writes a checkpoint, see `redoubt.runs.checkpoints`; every rank calls it."""
+        trainer.save_checkpoint(path)
 
     # ---- metrics.csv --------------------------------------------------------------------------------------------
 
     def _write_row(self, trainer: Trainer, module: Any, metrics: dict[str, float]) -> None:
-        if ranks()[0] != 0:
-            return
-        assert self.run is not None
         row = {"epoch": trainer.current_epoch + 1, "step": module.steps_done, **metrics}
-        # A row after the checkpoint that we resumed from is written again, not twice.
-        rows = [r for r in read_rows(self.run.metrics_file) if int(r["epoch"]) < row["epoch"]]
-        names = list(dict.fromkeys(name for r in (*rows, row) for name in r))
+        self.rows.append({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        if ranks()[0] != 0 or self.run is None:
+            return
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*rows, {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}])
+        writer.writerows(self.rows)
         write_text(self.run.metrics_file, text.getvalue())
 
     # ---- saved with every checkpoint ------------------------------------------------------------------------------
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = dict(self.facts)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "seconds": self.total_seconds()}
+        return {"best_score": self.best_score, "seconds": self.total_seconds(), "rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self.seconds = state_dict["best_score"], state_dict["seconds"]
-
-
-def strip(path: Path) -> None:
-    """Leaves of a checkpoint what evaluation needs: live and averaged weights."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    kept = {k: checkpoint[k] for k in ("state_dict", "redoubt", "epoch", "global_step", "pytorch-lightning_version")}
-    with atomic(path) as temporary:
-        torch.save(kept, temporary)
+        # metrics.csv may have a row more, of an epoch whose checkpoint was not written any more, or be lost.
+        self.rows = list(state_dict["rows"])
+        self._write_rows()

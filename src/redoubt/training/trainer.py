@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from redoubt.errors import UserError
 from redoubt.launched import slurm_tasks
+from redoubt.runs.checkpoints import CheckpointFiles
 from redoubt.training.distributed import PlainDDP
 
 
@@ -44,7 +45,7 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: Sequence[Callback], l
     alone = slurm_tasks() == 1 and not torch.distributed.is_torchelastic_launched()
     try:
         return Trainer(
-            plugins=[LightningEnvironment()] if alone else None,
+            plugins=[CheckpointFiles(), *([LightningEnvironment()] if alone else [])],
             accelerator=accelerator(cfg),
             devices=world,
             num_nodes=int(t.num_nodes),
