@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
 import signal
@@ -17,15 +18,17 @@ from redoubt.runs import checkpoints
 #: Where a kill may fall.
 PLACES = ("step", "save", "validation", "evaluation")
 
-counts = dict.fromkeys(PLACES, 0)
+#: And where the disk may be full: as a checkpoint is written.
+counts = dict.fromkeys((*PLACES, "write"), 0)
 
 
-def arm(report: str, at: Mapping[str, int]) -> None:
+def arm(report: str, at: Mapping[str, int], full: bool = False) -> None:
     """Counts from here on.
 
     Args:
         report: File for the counts of a command that comes to its end.
         at: Place -> at which of its moments the command dies.
+        full: It does not die: the disk is full.
     """
 
     def moment(place: str) -> bool:
@@ -33,6 +36,8 @@ def arm(report: str, at: Mapping[str, int]) -> None:
         return counts[place] == at.get(place)
 
     def die() -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.kill(os.getpid(), signal.SIGKILL)
 
     def around(owner: Any, name: str, place: str) -> None:
@@ -49,7 +54,7 @@ def arm(report: str, at: Mapping[str, int]) -> None:
         setattr(owner, name, wrapper)
 
     def half(self: Any, data: Any) -> int:
-        if moment("save"):
+        if len(data) > 1024 and (moment("write") or moment("save")):  # not between headers, which are many
             self.file.write(bytes(data)[: len(data) // 2])
             self.file.flush()
             die()

@@ -48,11 +48,11 @@ CELLS = {
 }  # fmt: skip
 
 
-def armed(folder: Path, at: dict[str, int]) -> str:
-    """What a command runs first, to die at a moment; its counts go to ``folder``."""
+def armed(folder: Path, at: dict[str, int], full: bool = False) -> str:
+    """What a command runs first, to die (or to find the disk full) at a moment; its counts go to ``folder``."""
     return (
         f"import sys; sys.path.append({str(ROOT)!r}); from tests.faults.killing import arm; "
-        f"arm({str(folder / 'counts.json')!r}, {at!r})"
+        f"arm({str(folder / 'counts.json')!r}, {at!r}, {full})"
     )
 
 

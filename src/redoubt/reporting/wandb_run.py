@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,22 @@ def define_curves(run: Any, config: Mapping[str, Any]) -> None:
     run.define_metric("train/loss", step_metric="epoch", summary="last")  # "train/*" and "*" would race for it
     for name in accuracies(config):
         run.define_metric(name, step_metric="epoch", summary="max,last")
+
+
+def sent_epochs(folder: Path) -> set[int]:
+    """The epochs whose rows stand in the files that earlier starts of a run have left in its folder.
+
+    W&B writes late: of a process that was killed the last rows are missing. A server drops a row that it has.
+    """
+    found: set[int] = set()
+    for file in sorted(folder.glob("wandb/*run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        for line in done.stdout.splitlines():
+            item = json.loads(line).get("history", {}).get("item", {})
+            if "lr" in item:  # a whole row of ours, no evaluation
+                found.add(int(item["epoch"]))
+    return found
 
 
 def mode(offline: bool | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from redoubt.build import make
 from redoubt.errors import UserError
-from redoubt.reporting.wandb_run import define_curves, open_run, warn
+from redoubt.reporting.collect import Record
+from redoubt.reporting.wandb_run import define_curves, open_run, sent_epochs, warn
 from redoubt.runs.identity import plain, redacted
 from redoubt.runs.store import Run
 from redoubt.training.distributed import ranks
@@ -52,12 +53,22 @@ class Curves(WandbLogger):
     """Learning curves over ``epoch``, counted from 1 as in metrics.csv.
 
     Lightning's own would define every metric over its ``trainer/global_step``, which counts optimizers.
+
+    Args:
+        sent: Epochs whose rows are there already; a resumed run that repeats one does not send it again.
+        options: Of Lightning's logger.
     """
+
+    def __init__(self, *, sent: Iterable[int] = (), **options: Any) -> None:
+        super().__init__(**options)
+        self.sent = set(sent)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """One row for an epoch: the validation's metrics come first, then the training's. A failure is a warning."""
         try:
             epoch = int(metrics["epoch"]) + 1
+            if epoch in self.sent:
+                return
             self.experiment.log({**metrics, "epoch": epoch}, step=epoch, commit="lr" in metrics)
         except Exception as error:
             warn(error, "metrics.csv has the row")
@@ -91,6 +102,11 @@ def wandb_logger(
         checkpoint: Read by `redoubt.reporting.wandb_log`: the evaluated checkpoint becomes an artifact.
     """
     _needs("wandb")
+    sent = sent_epochs(folder)
     run = open_run(folder, config, project=project, entity=entity, offline=offline)
     define_curves(run, config)
-    return Curves(experiment=run, save_dir=folder)
+    for row in Record(Run(folder)).metrics:
+        if int(row["epoch"]) not in sent:
+            run.log(row, step=int(row["epoch"]))
+            sent.add(int(row["epoch"]))
+    return Curves(experiment=run, save_dir=folder, sent=sent)
