@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 SURVIVED, REFUSED = "survived", "refused"
@@ -42,3 +46,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{name:{width}}  {row['injected']:8}  {row[SURVIVED]:8}  {row[REFUSED]:15}")
     total = {key: sum(row[key] for row in rows.values()) for key in ("injected", SURVIVED, REFUSED)}
     terminalreporter.write_line(f"{'all':{width}}  {total['injected']:8}  {total[SURVIVED]:8}  {total[REFUSED]:15}")
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A run of the cell ``trades`` that was killed in its second epoch.
+
+    Args:
+        folder: Its ``outputs`` lie there; to be copied.
+        expected: What it comes to when it goes on, see `tests.faults.test_kills.outcome`.
+        moments: How many moments the whole run has, by place.
+    """
+
+    folder: Path
+    expected: dict[str, Any]
+    moments: dict[str, int]
+
+
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    from tests.faults.test_kills import run, whole
+
+    moments, expected = whole("trades")
+    folder = tmp_path_factory.mktemp("interrupted")
+    assert run(folder, "trades", {"step": moments["step"] * 7 // 8}).code == -9
+    return Interrupted(folder, expected, moments)
