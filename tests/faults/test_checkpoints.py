@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
@@ -20,6 +21,7 @@ from tests.test_cli import only_run
 
 from redoubt.build import build_data
 from redoubt.errors import UserError
+from redoubt.evaluation.kept import Kept, Outcome
 from redoubt.runs import running
 from redoubt.runs.checkpoints import checksum_file, newest, read_checkpoint, write_checkpoint
 from redoubt.runs.files import read_rows
@@ -211,3 +213,26 @@ def test_metrics_that_were_lost_come_back(
     found.metrics_file.unlink()
     running.train(cell(), build_data(cell()))
     assert [row["epoch"] for row in read_rows(found.metrics_file)] == ["1", "2"]
+
+
+@pytest.mark.fault("bit flipped in kept verdicts", "survived")
+def test_kept_verdicts_with_a_flipped_bit(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+    """They are no verdicts any more, and are made again; all others stay."""
+    kept = Kept(tmp_path, {})
+    file = kept.file("pgd20", "decisive")
+    wanted = [Outcome(np.arange(9) % (i + 2) == 0) for i in range(3)]
+    for i, verdicts in enumerate(wanted):
+        kept.keep(file, i, verdicts)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    begin, end = (whole.index(b"\n") + 1, whole.rindex(b"\n", 0, -1))
+    for bit in range(8 * begin, 8 * end):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        found = [Kept(tmp_path, {}).find(file, i, 9) for i in range(3)]
+        assert found[1] is None, (bit, found[1])
+        for i in (0, 2):
+            assert found[i] is not None
+            assert (found[i].right == wanted[i].right).all()
+    record_property("injected", 8 * (end - begin))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ class Kept:
         packed = np.packbits(outcome.right).tobytes().hex()
         line = {"chunk": chunk, "n": len(outcome.right), "right": packed, "outside": outcome.outside}
         line["seconds"] = round(outcome.seconds, 3)
+        line["crc"] = _crc(line)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = _lines(file, ranks()[0])
@@ -122,6 +124,11 @@ def _lines(file: Path, rank: int) -> Path:
     return file.with_name(f"{file.name}.{rank}.jsonl")
 
 
+def _crc(line: Mapping[str, Any]) -> int:
+    """Tells a line that a disk or a hand has changed: it is as if it were not there."""
+    return zlib.crc32(json.dumps(line, sort_keys=True).encode())
+
+
 def _ends_well(opened: Any) -> bool:
     opened.seek(-1, os.SEEK_END)
     return bool(opened.read(1) == b"\n")
@@ -133,10 +140,12 @@ def _read(file: Path) -> dict[tuple[int, int], Outcome]:
         for text in path.read_bytes().splitlines():
             try:
                 line = json.loads(text)
+                if line.pop("crc") != _crc(line):
+                    continue
                 bits = np.unpackbits(np.frombuffer(bytes.fromhex(line["right"]), np.uint8))
                 right = bits[: line["n"]].astype(bool)
                 if len(right) == line["n"]:
                     found[int(line["chunk"]), len(right)] = Outcome(right, int(line["outside"]), float(line["seconds"]))
-            except (ValueError, KeyError, TypeError):  # torn by a kill, or by hand
+            except (ValueError, KeyError, TypeError, AttributeError):  # torn by a kill
                 continue
     return found
