@@ -24,16 +24,19 @@ setup: .venv/.ready  ## make .venv from requirements.lock
 demo: setup  ## FSR on handwritten digits beside a plainly trained net: train, attack, table
 	$(PY) src/train.py experiment=demo
 
+# Tests in a random order: make test ORDER=, or as once told: ORDER=--randomly-seed=7
+ORDER ?= -p no:randomly
+
 test: setup  ## the tests, without the slow cells
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 $(ORDER)
 
 test-all: setup  ## every test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ORDER)
 
 KILLS ?= 40
 
 faults: setup  ## inject every fault of the README's table (KILLS=200: as many kills)
-	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(PY) -m pytest tests/faults -n 2
+	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(PY) -m pytest tests/faults -n 2 $(ORDER)
 
 lint: setup  ## ruff and mypy
 	.venv/bin/ruff check src tests benchmarks notebooks
