@@ -125,6 +125,8 @@ def test_a_rank_killed_and_both_started_again(number: int, tmp_path: Path) -> No
     ended = launched(tmp_path, *argv, befores=[armed(tmp_path, at if rank == victim else {}) for rank in range(2)])
     assert ended[victim].end().code == -9
     assert ended[1 - victim].end(60).code not in (0, -9)
+    for told in tmp_path.glob("rank*.*"):
+        told.unlink()
     for command in launched(tmp_path, *argv):
         command.end().good()
     assert outcome(tmp_path) == outcome(alone)
