@@ -25,7 +25,7 @@ def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
     """
     arguments = {**section, **more}
     target = arguments.pop("_target_")
-    found = locate(target, key)
+    found = locate(target, f"{key}._target_")
     try:
         return found(**arguments)
     except UserError as error:
@@ -36,7 +36,7 @@ def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
 
 
 def locate(target: Any, key: str) -> Any:
-    """What a section's ``_target_`` names, if `redoubt.allowed` has it."""
+    """What a config's key names, if `redoubt.allowed` has it."""
     return allowed.locate(target, key, config.search_path)
 
 
@@ -68,13 +68,15 @@ def build_module(cfg: DictConfig, defense: type[RobustModule] | None = None) -> 
 
 
 def _module(tree: dict[str, Any]) -> RobustModule:
+    for key in ("inner", "base", "optimizer", "model"):  # before any of them is made
+        locate(tree[key]["_target_"], f"{key}._target_")
     inner = make(tree["inner"], "inner")
     objective = make(tree["base"], "base")
     optimizer = dict(tree["optimizer"])
     clip = optimizer.pop("clip", None)
     make_optimizer = functools.partial(_make_optimizer, optimizer)
     schedule = Schedule(**tree["schedule"], max_epochs=int(tree["trainer"]["max_epochs"]))
-    defense = locate(tree["defense"]["_target_"], "defense")
+    defense = locate(tree["defense"]["_target_"], "defense._target_")
     base = tree.get("axes", {}).get("base")
     if base and base in STANDARD_BASES and base not in getattr(defense, "bases", (base,)):
         raise UserError(f"base={base} is not defined for this defense: take one of base={', '.join(defense.bases)}")

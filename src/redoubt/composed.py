@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import yaml
 from hydra._internal import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
@@ -62,7 +63,11 @@ class Loader(ConfigLoaderImpl):
         Raises:
             UserError: The config names what is not allowed.
         """
-        cfg = super().load_configuration(config_name, overrides, *rest, **options)
+        try:
+            cfg = super().load_configuration(config_name, overrides, *rest, **options)
+        except (yaml.YAMLError, RecursionError) as error:
+            said = str(error) if isinstance(error, yaml.YAMLError) else "a config refers to itself: write it out"
+            raise UserError(said) from error
         tree = opened(cfg)
         check(tree, self.folders)
         self._check_hydra(tree["hydra"], overrides)
