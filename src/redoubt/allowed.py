@@ -48,7 +48,7 @@ _NAME = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 #: What `hydra.utils.instantiate` obeys beside ``_target_``; our configs have no use for it.
 _OBEYED = ("_args_", "_partial_", "_recursive_", "_convert_")
 #: A config is smaller than that, unless it refers to itself.
-DEEPEST, LARGEST = 40, 200_000
+DEEPEST, LARGEST = 40, 50_000
 
 
 def nodes(tree: Any) -> Iterator[tuple[str, Any]]:

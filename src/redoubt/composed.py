@@ -16,11 +16,12 @@ from hydra._internal import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, ListConfig, open_dict, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from redoubt.allowed import DEEPEST, check, listed, locate, nodes
 from redoubt.errors import UserError
+from redoubt.secrets import redacted
 
 #: What Hydra makes things of.
 _MADE = ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")
@@ -71,6 +72,10 @@ class Loader(ConfigLoaderImpl):
         tree = opened(cfg)
         check(tree, self.folders)
         self._check_hydra(tree["hydra"], overrides)
+        if "submitit" in str(tree["hydra"].get("launcher")):
+            as_given: Any = OmegaConf.to_container(cfg)
+            hydras = as_given.pop("hydra")
+            _check_secrets([as_given, {"hydra": hydras}, {"hydra": {"sweeper": tree["hydra"].get("sweeper")}}])
         with read_write(cfg.hydra), open_dict(cfg.hydra):
             for name in _MADE:  # as checked: ${now:} and the like may be another thing the next time
                 cfg.hydra[name] = tree["hydra"][name]
@@ -107,6 +112,17 @@ class Loader(ConfigLoaderImpl):
             if override.get_key_element() == "hydra.searchpath" and "pkg://" in str(override.value()):
                 raise UserError(f"{override.input_line}: packages are not taken: give a folder, as --config-dir")
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+
+def _check_secrets(trees: Sequence[Any]) -> None:
+    """Refuses secrets where each job is written into a file, config and all; ``${oc.env:...}`` is written as it is."""
+    for key, value in (node for tree in trees for node in nodes(tree)):
+        name = key.rpartition(".")[2]
+        if isinstance(value, str) and "${" not in value and redacted({name: value}) != {name: value}:
+            raise UserError(
+                f"{key} holds a secret, which this hydra/launcher would write into its files: give it as "
+                "${oc.env:NAME}, and a database's password as PGPASSWORD or in ~/.pgpass"
+            )
 
 
 def opened(node: Any, depth: int = 0) -> Any:

@@ -14,7 +14,7 @@ PLACES = ("logger", "paths")
 
 #: Ends of names of what is secret; of a variable, or of a key whose value is text.
 _NAME = r"(?:pass(?:word|wd|phrase)?|secrets?|credentials?|token|(?:api|access|private|secret|auth)_?key)"
-_KEY = re.compile(rf"{_NAME}$|(?:^|_)(?:key|pwd|auth|pat|dsn)$", re.I)
+_KEY = re.compile(rf"{_NAME}$|(?:^|_)(?:key|auth|dsn)$|_(?:pat|pwd)$", re.I)
 #: ``api_key=...`` and the like in a text: words of a command line, what a library says of its arguments.
 _PAIR = re.compile(rf"""(\b[\w.-]*{_NAME}['"]?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,;&'"\]}}]+)""", re.I)
 _URL = re.compile(r"(\w://[^/\s:@]*:)([^/\s@]+)(?=@)")

@@ -296,7 +296,7 @@ def test_nothing_of_a_hostile_file_runs(case: Case, tmp_path: Path, shell: Shell
 
 
 @pytest.mark.fault("hostile config: what Hydra itself acts on", "refused")
-@pytest.mark.parametrize("case", few(HYDRA, 4))
+@pytest.mark.parametrize("case", few(HYDRA, 6))
 def test_hydra_makes_nothing_of_a_hostile_config(case: Case, tmp_path: Path, shell: Shell) -> None:
     refused(shell("train", *written(case, tmp_path / "conf")), case.says)
     assert not (tmp_path / "outputs/runs").exists()
