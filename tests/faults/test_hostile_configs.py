@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -32,6 +34,7 @@ class Fire:
 
 fire()
 """
+ROW = "hostile config on the command line, in a file, in Hydra's keys"
 SECRET = "s3cret-of-this-machine"
 
 
@@ -266,7 +269,7 @@ def small() -> DictConfig:
     return config.compose(SMALL)
 
 
-@pytest.mark.fault("hostile config: names, places, interpolations", "refused")
+@pytest.mark.fault(ROW, "refused")
 @pytest.mark.parametrize("case", OVERRIDES, ids=[case.label for case in OVERRIDES])
 def test_nothing_of_a_hostile_config_runs(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     """From the composed config on, as every job takes it."""
@@ -281,27 +284,28 @@ def test_nothing_of_a_hostile_config_runs(case: Case, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-@pytest.mark.fault("hostile config: names, places, interpolations", "refused")
+@pytest.mark.fault(ROW, "refused")
 @pytest.mark.parametrize("case", OVERRIDES[::2], ids=[case.label for case in OVERRIDES[::2]])
 def test_nothing_of_a_hostile_command_line_runs(case: Case, tmp_path: Path, shell: Shell) -> None:
     refused(shell("train", *written(case, tmp_path / "conf")), case.says)
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.fault("hostile config: experiments and options in files", "refused")
+@pytest.mark.fault(ROW, "refused")
 @pytest.mark.parametrize("case", few(FROM_FILES, 4))
 def test_nothing_of_a_hostile_file_runs(case: Case, tmp_path: Path, shell: Shell) -> None:
     refused(shell("train", *written(case, tmp_path / "conf")), case.says)
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.fault("hostile config: what Hydra itself acts on", "refused")
+@pytest.mark.fault(ROW, "refused")
 @pytest.mark.parametrize("case", few(HYDRA, 6))
 def test_hydra_makes_nothing_of_a_hostile_config(case: Case, tmp_path: Path, shell: Shell) -> None:
     refused(shell("train", *written(case, tmp_path / "conf")), case.says)
     assert not (tmp_path / "outputs/runs").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Callback Fire")
 def test_the_canary_sings(canary: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is checked, Hydra makes the callback: the tests above can fail."""
     monkeypatch.setattr(cli, "checked", lambda folders: contextlib.nullcontext())
@@ -309,6 +313,24 @@ def test_the_canary_sings(canary: Path, tmp_path: Path, shell: Shell, monkeypatc
     assert canary.exists()
     canary.unlink()
     del sys.modules["hostile_canary"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault(ROW, "refused")
+def test_no_plugin_of_the_folder_is_imported(canary: Path, tmp_path: Path) -> None:
+    """Hydra imports every ``hydra_plugins`` that it finds; where the command is started, anybody's may lie."""
+    (tmp_path / "hydra_plugins").mkdir()
+    shutil.copy(tmp_path / "theirs/hostile_canary.py", tmp_path / "hydra_plugins")
+    (tmp_path / "conf").mkdir()
+    command = [
+        sys.executable,
+        str(Path(config.__file__).parents[1] / "train.py"),
+        "--config-dir",
+        "conf",
+        "threat.eps=9",
+    ]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    refused(Ended(ended.returncode, ended.stdout, ended.stderr), "threat.eps=9")
 
 
 # ---- who may add to the list --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from redoubt.runs.files import read_json
 from redoubt.runs.store import Run, Store
 from redoubt.secrets import from_environment, redacted
 
+ROW = "secret in the environment, in a config, on the command line"
 #: Variables of the environment, by what names them secret, and one that only the place of its use does.
 VARIABLES = {
     "WANDB_API_KEY": "c0ffee" * 6 + "abcd",
@@ -105,7 +106,7 @@ def test_the_search_finds_what_it_looks_for(tmp_path: Path, theirs: tuple[str, .
     assert {Path(line.split()[0]).name for line in leaks(tmp_path)} == {"plain", "coded", "packed"}
 
 
-@pytest.mark.fault("secrets in the environment, in configs, on the command line", "survived")
+@pytest.mark.fault(ROW, "survived")
 def test_no_file_of_a_run_holds_a_secret(
     tmp_path: Path, theirs: tuple[str, ...], shell: Shell, record_property: Callable[[str, Any], None]
 ) -> None:
@@ -124,7 +125,7 @@ def test_no_file_of_a_run_holds_a_secret(
 
 
 @pytest.mark.slow
-@pytest.mark.fault("secrets in the environment, in configs, on the command line", "survived")
+@pytest.mark.fault(ROW, "survived")
 def test_no_file_of_a_sweep_holds_a_secret(
     tmp_path: Path, theirs: tuple[str, ...], shell: Shell, record_property: Callable[[str, Any], None]
 ) -> None:
@@ -151,7 +152,7 @@ def test_no_file_of_a_sweep_holds_a_secret(
 
 
 @pytest.mark.slow
-@pytest.mark.fault("secrets in the environment, in configs, on the command line", "survived")
+@pytest.mark.fault(ROW, "survived")
 def test_no_file_of_a_search_holds_its_databases_password(
     tmp_path: Path, theirs: tuple[str, ...], shell: Shell
 ) -> None:
@@ -172,7 +173,7 @@ def test_no_file_of_a_search_holds_its_databases_password(
     assert leaks(tmp_path) == []
 
 
-@pytest.mark.fault("secrets that a launcher would write into its files", "refused")
+@pytest.mark.fault(ROW, "refused")
 @pytest.mark.parametrize(
     ("says", "words"),
     [

@@ -30,6 +30,9 @@ from redoubt.runs.store import Run, Store
 
 __all__ = ["canary"]  # of every test here: it must not have fired
 
+CONFIG_ROW = "hostile config in a run's folder, in a file of weights"
+PICKLE_ROW = "pickle in a checkpoint, weights, verdicts, examples"
+NAMES_ROW = "a run's names and values: ways out of its folder, scripts for the page"
 FIRE = {"_target_": "hostile_canary.Fire"}
 EVAL = ("attack=fgsm", "evaluation.save=float32", "evaluation.chunk=5")
 
@@ -77,6 +80,7 @@ def everywhere(folder: Path) -> dict[Path, bytes]:
 
 # ---- a run's config -----------------------------------------------------------------------------------------------
 
+#: Key and value that are put there.
 CONFIGS: dict[str, tuple[str, Any]] = {
     "target": ("model._target_", FIRE["_target_"]),
     "builtin": ("defense._target_", "builtins.eval"),
@@ -95,7 +99,7 @@ CONFIGS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.fault("hostile config in a run's folder", "refused")
+@pytest.mark.fault(CONFIG_ROW, "refused")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nothing_of_a_runs_config_runs(run: Run, name: str) -> None:
     key, value = CONFIGS[name]
@@ -116,7 +120,7 @@ TEXTS = {
 }
 
 
-@pytest.mark.fault("hostile config in a run's folder", "refused")
+@pytest.mark.fault(CONFIG_ROW, "refused")
 @pytest.mark.parametrize("name", TEXTS)
 def test_nothing_of_a_runs_yaml_runs(run: Run, name: str) -> None:
     run.config_file.write_text(TEXTS[name])
@@ -133,7 +137,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.fault("hostile config in a run's folder", "refused")
+@pytest.mark.fault(CONFIG_ROW, "refused")
 @pytest.mark.parametrize(
     ("command", "key", "value"),
     [
@@ -143,7 +147,7 @@ COMMANDS = {
         pytest.param("eval", "data.root", "${oc.env:HOSTILE_SECRET}", marks=pytest.mark.slow),
         pytest.param("eval", "axes.data", "digits hydra.callbacks.evil=1", marks=pytest.mark.slow),
         pytest.param("eval", "axes.data", "../../../evil", marks=pytest.mark.slow),
-        ("audit", "attack.attacks.evil", FIRE),
+        pytest.param("audit", "attack.attacks.evil", FIRE, marks=pytest.mark.slow),
         pytest.param("audit", "axes.attack", "fgsm,pgd", marks=pytest.mark.slow),
         pytest.param("export", "defense._target_", FIRE["_target_"], marks=pytest.mark.slow),
         pytest.param("rescore", "defense._target_", FIRE["_target_"], marks=pytest.mark.slow),
@@ -171,9 +175,9 @@ FACTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.fault("hostile metadata of a .safetensors file", "refused")
+@pytest.mark.fault(CONFIG_ROW, "refused")
 @pytest.mark.parametrize(
-    "says", [pytest.param(key, marks=[pytest.mark.slow] if i % 2 else []) for i, key in enumerate(FACTS)]
+    "says", [pytest.param(key, marks=[pytest.mark.slow] if i % 4 else []) for i, key in enumerate(FACTS)]
 )
 def test_nothing_of_the_metadata_runs(run: Run, tmp_path: Path, says: str) -> None:
     file = tmp_path / "net.safetensors"
@@ -220,7 +224,7 @@ PICKLES: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.fault("pickles in checkpoints, weights, verdicts, examples", "refused")
+@pytest.mark.fault(PICKLE_ROW, "refused")
 @pytest.mark.parametrize(
     "name", [n if n in ("load", "weights", "verdicts") else pytest.param(n, marks=pytest.mark.slow) for n in PICKLES]
 )
@@ -232,7 +236,7 @@ def test_nothing_is_unpickled(run: Run, shell: Shell, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("pickles in checkpoints, weights, verdicts, examples", "refused")
+@pytest.mark.fault(PICKLE_ROW, "refused")
 def test_no_pickle_is_resumed_from(run: Run, shell: Shell) -> None:
     pickled_state(run.last)
     with run.lock():
@@ -240,7 +244,7 @@ def test_no_pickle_is_resumed_from(run: Run, shell: Shell) -> None:
     refused(shell("train", *SMALL), "last.ckpt")
 
 
-@pytest.mark.fault("pickles in checkpoints, weights, verdicts, examples", "survived")
+@pytest.mark.fault(PICKLE_ROW, "survived")
 def test_reports_show_what_else_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Verdicts and examples that hold objects are as if they were not there."""
     outputs = tmp_path / "outputs"
@@ -276,7 +280,7 @@ def test_the_source_unpickles_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("names and paths in a run's folder that lead out of it", "survived")
+@pytest.mark.fault(NAMES_ROW, "survived")
 def test_nothing_is_written_outside(run: Run, shell: Shell, tmp_path: Path) -> None:
     """Whatever a stranger's run and its results call themselves."""
     pytest.importorskip("wandb_workspaces")
@@ -302,7 +306,7 @@ def test_nothing_is_written_outside(run: Run, shell: Shell, tmp_path: Path) -> N
 # ---- the page -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("markup and scripts in a run's names and values, on the page", "survived")
+@pytest.mark.fault(NAMES_ROW, "survived")
 def test_no_script_gets_into_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names of runs, axes, suites, attacks and keys, values, reasons: text, whatever they hold."""
     outputs = tmp_path / "outputs"
