@@ -31,6 +31,7 @@ def redacted(value: Any) -> Any:
     What was met under a secret's key is hidden in all that is redacted later, as in a message about it.
     """
     hidden = {text for name, text in os.environ.items() if _KEY.search(name) and len(text) >= _SHORTEST}
+    _meet(value, "")
     if not isinstance(value, Mapping):
         return _clean(value, "", hidden)
     return {key: _clean(item, str(key), hidden | (_asked if key in PLACES else set())) for key, item in value.items()}
@@ -51,11 +52,21 @@ def _clean(value: Any, key: str, hidden: set[str]) -> Any:
     if not isinstance(value, str) or not value:
         return value
     if _KEY.search(key):
-        if len(value) >= _SHORTEST and value != HIDDEN:
-            _met.add(value)
         return HIDDEN
     value = _URL.sub(rf"\1{HIDDEN}", _PAIR.sub(rf"\1{HIDDEN}", value))
     return _replaced(value, hidden | _met)
+
+
+def _meet(value: Any, key: str) -> None:
+    """Notes what stands under a secret's key, before anything is shown."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _meet(item, str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _meet(item, key)
+    elif isinstance(value, str) and len(value) >= _SHORTEST and value != HIDDEN and _KEY.search(key):
+        _met.add(value)
 
 
 def _replaced(text: str, hidden: Iterable[str]) -> str:

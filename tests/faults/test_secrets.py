@@ -243,7 +243,7 @@ def test_secrets_in_a_text(fresh: None, text: str, shown: str) -> None:
 def test_what_was_met_is_known_later(fresh: None) -> None:
     said = "the server refused hunter2-hunter2"
     assert redacted(said) == said
-    redacted({"data": {"password": "hunter2-hunter2", "token": "short"}})
+    assert redacted({"a": said, "data": {"password": "hunter2-hunter2", "token": "short"}})["a"] != said
     assert redacted(said) == "the server refused <redacted>"
     assert redacted("cut it short") == "cut it short"
 
