@@ -22,6 +22,7 @@ from hydra.core.override_parser.types import Override
 from redoubt import launched, sweeps
 from redoubt.errors import UserError
 from redoubt.runs.identity import digest
+from redoubt.secrets import redacted
 from redoubt.sweeps import Sweep, decides, judges
 
 log = logging.getLogger("redoubt")
@@ -53,7 +54,8 @@ class GridSweeper(BasicSweeper):
         while batch := self.next(sweep, words, evaluations, done | later) or self.next(sweep, words, evaluations, done):
             wait = bool(later & set(batch))
             for key in batch:
-                log.info("cell %d of %d: %s", list(words).index(key) + 1, len(words), " ".join(own(words[key], cells)))
+                shown = " ".join(redacted(own(words[key], cells)))
+                log.info("cell %d of %d: %s", list(words).index(key) + 1, len(words), shown)
             begun = self.launch(sweep, {k: [*words[k], f"sweep.wait={wait}"] for k in batch}, evaluations, len(done))
             again = {k for k in begun - later if sweep.record(k)["state"] in ("missing", "interrupted")}
             later |= again

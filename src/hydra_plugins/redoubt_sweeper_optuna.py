@@ -16,6 +16,7 @@ from hydra_plugins.redoubt_sweeper import GridSweeper, parsed, product
 from redoubt import sweeps
 from redoubt.errors import UserError
 from redoubt.search import Search, space
+from redoubt.secrets import redacted
 from redoubt.sweeps import Sweep, judges, key_of
 
 log = logging.getLogger("redoubt")
@@ -62,7 +63,7 @@ class OptunaSweeper(GridSweeper):
         line, best = search.summary(study)
         print(line)
         for trial in best:
-            command = shlex.join(["python", "src/train.py", *fixed, *_words(trial.params)])
+            command = shlex.join(["python", "src/train.py", *redacted([*fixed, *_words(trial.params)])])
             print(f"trial {trial.number}: {search.shown(trial.values)}: {command}")
         return [list(trial.values) for trial in best]
 

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from redoubt import config
+from redoubt import allowed, config
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.training.schedule import Schedule
-
-#: A config may come with a stranger's checkpoint: nothing else is called. A user's own package is added by a
-#: line of the file ``redoubt.allow`` in the folder given with --config-dir.
-ALLOWED = (
-    "redoubt.attacks.",
-    "redoubt.objectives.",
-    "redoubt.defenses.",
-    "redoubt.nets.",
-    "redoubt.data.",
-    "redoubt.evaluation.",
-    "redoubt.training.loggers.",
-    "torch.optim.",
-)
 
 
 def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
@@ -41,7 +25,7 @@ def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
     """
     arguments = {**section, **more}
     target = arguments.pop("_target_")
-    found = locate(target, key)
+    found = locate(target, f"{key}._target_")
     try:
         return found(**arguments)
     except UserError as error:
@@ -52,37 +36,8 @@ def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
 
 
 def locate(target: Any, key: str) -> Any:
-    """The allowed class or function of a dotted name; a class, which only code can give, is itself.
-
-    Its own home must be allowed too: modules hold names of others, ``os`` among them.
-    """
-    if inspect.isclass(target):
-        return target
-    target = str(target)
-    allowed = (*ALLOWED, *_allowed_by_user())
-    refusal = UserError(
-        f"{key}: {target!r} is not allowed: add its package to a file redoubt.allow in your --config-dir"
-    )
-    if not target.startswith(allowed):
-        raise refusal
-    try:
-        found = get_object(target)
-    except Exception as error:  # whatever the import of a user's module raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{key}: {target!r} cannot be imported: {reason}") from error
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or not f"{found.__module__}.".startswith(allowed):
-        raise refusal
-    return found
-
-
-def _allowed_by_user() -> tuple[str, ...]:
-    found: list[str] = []
-    for folder in config.search_path:
-        listing = Path(folder) / "redoubt.allow"
-        if listing.is_file():
-            lines = (line.strip() for line in listing.read_text().splitlines())
-            found += [f"{line.rstrip('.')}." for line in lines if line and not line.startswith("#")]
-    return tuple(found)
+    """What a config's key names, if `redoubt.allowed` has it."""
+    return allowed.locate(target, key, config.search_path)
 
 
 def build_data(cfg: DictConfig) -> ImageData:
@@ -113,13 +68,15 @@ def build_module(cfg: DictConfig, defense: type[RobustModule] | None = None) -> 
 
 
 def _module(tree: dict[str, Any]) -> RobustModule:
+    for key in ("inner", "base", "optimizer", "model"):  # before any of them is made
+        locate(tree[key]["_target_"], f"{key}._target_")
     inner = make(tree["inner"], "inner")
     objective = make(tree["base"], "base")
     optimizer = dict(tree["optimizer"])
     clip = optimizer.pop("clip", None)
     make_optimizer = functools.partial(_make_optimizer, optimizer)
     schedule = Schedule(**tree["schedule"], max_epochs=int(tree["trainer"]["max_epochs"]))
-    defense = locate(tree["defense"]["_target_"], "defense")
+    defense = locate(tree["defense"]["_target_"], "defense._target_")
     base = tree.get("axes", {}).get("base")
     if base and base in STANDARD_BASES and base not in getattr(defense, "bases", (base,)):
         raise UserError(f"base={base} is not defined for this defense: take one of base={', '.join(defense.bases)}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from redoubt import config, launched
 from redoubt.completion import completion
+from redoubt.composed import checked
 from redoubt.errors import CheckFailed, UserError, did_you_mean
 from redoubt.usage import usage
 
@@ -89,6 +90,7 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
+    from hydra.core.plugins import Plugins
 
     parsed, unknown = get_args_parser().parse_known_args(arguments)
     flags = [a for a in unknown if a.startswith("-")]
@@ -98,13 +100,13 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     if {"-sc", "--shell-completion"} & set(arguments) and (text := completion(arguments)) is not None:
         print(text)
         return 0
-    config.search_path.clear()
-    for i, argument in enumerate(arguments):
-        if argument in ("--config-dir", "-cd") and i + 1 < len(arguments):
-            config.search_path.append(os.path.abspath(arguments[i + 1]))
-        elif argument.startswith("--config-dir="):
-            config.search_path.append(os.path.abspath(argument.split("=", 1)[1]))
-    _own_packages()
+    for flag in ("config_name", "config_path", "experimental_rerun"):
+        if getattr(parsed, flag) is not None:  # another tree than ours; a pickle
+            raise UserError(f"--{flag.replace('_', '-')} is not taken: further configs go into a folder: --config-dir")
+    config.search_path[:] = [os.path.abspath(parsed.config_dir)] if parsed.config_dir else []
+    Plugins.instance()  # before the path grows: Hydra imports all plugins that it finds there
+    here = os.getcwd()
+    _own_packages(here)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing its own many lines
     config.register_resolvers()
     config.root = command
@@ -121,7 +123,7 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
         hydra_config = HydraConfig.get()
         config.register_resolvers()  # a sweep's worker has only this function and what it names
         config.search_path[:] = folders
-        _own_packages()
+        _own_packages(here)
         config.root = command
         cfg = config.with_axes(cfg, dict(hydra_config.runtime.choices))
         code, value = _cell(command, cfg, list(hydra_config.overrides.task), debug)
@@ -133,7 +135,8 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     _log()
     sys.argv = [f"redoubt {command}", *arguments]
     sweeps.current.clear()  # what one that broke off has left in this process
-    task()
+    with checked(folders):
+        task()
     if sweeps.current:
         from redoubt.reporting.status import show
 
@@ -188,10 +191,10 @@ def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
         return jobs.run(command, cfg, overrides)
 
 
-def _own_packages() -> None:
+def _own_packages(here: str) -> None:
     """With --config-dir, packages of the folder that the command is started in can be imported, as by ``python -m``."""
-    if config.search_path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if config.search_path and here not in sys.path:
+        sys.path.append(here)
 
 
 def _log() -> None:
@@ -206,7 +209,7 @@ def _child(file: str) -> int:
 
     job = OmegaConf.load(file)
     config.search_path[:] = list(job.config_dirs)
-    _own_packages()
+    _own_packages(os.getcwd())
     config.register_resolvers()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     from redoubt import jobs, sweeps

@@ -12,8 +12,12 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.resolvers import oc
 
+from redoubt import allowed
+from redoubt.composed import checked
 from redoubt.errors import UserError, did_you_mean
+from redoubt.secrets import from_environment
 from redoubt.units import as_number, as_whole
 
 #: The axes of the grid, each a config group.
@@ -38,7 +42,7 @@ def config_dir() -> str:
 
 def register_resolvers() -> None:
     """``${ratio:a,b}`` is a / b; ``${rounded:x,a,b}`` is b where x equals a, else x; ``${by_norm:norm,linf,l2}``."""
-    for name, function in (("ratio", _ratio), ("rounded", _rounded), ("by_norm", _by_norm)):
+    for name, function in (("ratio", _ratio), ("rounded", _rounded), ("by_norm", _by_norm), ("oc.env", _env)):
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 
@@ -58,6 +62,11 @@ def _by_norm(norm: str, linf: float | str, l2: float | str) -> float | str:
     return l2 if norm == "l2" else linf
 
 
+def _env(name: str, *default: Any) -> Any:
+    """OmegaConf's own, with its values kept out of what is stored."""
+    return from_environment(oc.env(name, *default))
+
+
 def compose(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
     """The config that the command line ``overrides`` would give, with its axes noted.
 
@@ -70,7 +79,7 @@ def compose(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
     outer = state.hydra
     state.clear()
     try:
-        with initialize_config_dir(config_dir(), version_base="1.3"):
+        with checked(search_path), initialize_config_dir(config_dir(), version_base="1.3"):
             cfg = hydra_compose(config_name, [*overrides, *extra], return_hydra_config=True)
     except Exception as error:
         raise UserError(explain(error)) from error
@@ -118,6 +127,8 @@ def resolve(cfg: DictConfig) -> DictConfig:
     except (InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
     assert isinstance(tree, dict)
+    allowed.check({str(key): value for key, value in tree.items()}, search_path)
+    allowed.check_plain(tree, "")
     _evaluate_fractions(tree, "")
     if tree["evaluation"]["weights"] is None:
         tree["evaluation"]["weights"] = "student" if tree["ema"]["decay"] is None else "ema"

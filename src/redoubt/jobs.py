@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from redoubt.runs.files import read_json
 from redoubt.runs.identity import canonical, plain
 from redoubt.runs.loading import load, weights_hash
 from redoubt.runs.store import Run, Store
+from redoubt.secrets import HIDDEN
 from redoubt.sweeps import judges
 from redoubt.training.distributed import leave, ranks
 from redoubt.training.trainer import accelerator, devices, make_trainer
@@ -280,6 +282,9 @@ def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str], own_su
         cfg, overrides: What was composed now, and the words of the command line.
         own_suite: Where the command line names no attack, take the run's.
     """
+    for axis in config.AXES:  # they become words of a command
+        if not _OPTION.fullmatch(str(stored["axes"][axis])):
+            raise UserError(f"axes.{axis}={stored['axes'][axis]!r} in the run's config.yaml is no option's name")
     merged = OmegaConf.create(stored)
     said = {o.lstrip("+~").split("=", 1)[0] for o in overrides}
     for key in said:
@@ -287,7 +292,7 @@ def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str], own_su
             raise UserError(f"{key} is the run's own and cannot be changed for an evaluation: leave it out")
     for key in ("trainer", "evaluation", "paths"):
         OmegaConf.update(merged, key, {**merged[key], **cfg[key]}, merge=False)
-    if any(key.split(".")[0] == "logger" for key in said):
+    if any(key.split(".")[0] == "logger" for key in said) or HIDDEN in str(stored["logger"]):
         OmegaConf.update(merged, "logger", cfg.logger, merge=False)
     merged.trainer.precision = stored["trainer"]["precision"]
     for key in sorted(said):
@@ -309,6 +314,9 @@ def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str], own_su
     merged.attack = attack.attack
     merged.axes.attack = attack.axes.attack
     return config.resolve(merged)
+
+
+_OPTION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
 
 
 def export_run(cfg: DictConfig) -> None:

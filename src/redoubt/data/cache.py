@@ -93,7 +93,8 @@ def _open(source: Source, split: str, stem: Path) -> Decoded | None:
     """The cached split, if it is whole and made from the files as they are now."""
     try:
         about = Description(**json.loads(stem.with_suffix(".json").read_text()))
-        images = np.load(stem.with_suffix(".npy"), mmap_mode="c")  # private: torch wants writable memory
+        # a private map: torch wants writable memory
+        images = np.load(stem.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, TypeError, EOFError):
         return None
     if list(images.shape) != about.shape or images.dtype != np.uint8 or len(about.labels) != len(images):
@@ -142,7 +143,7 @@ def _build(source: Source, split: str, stem: Path) -> Decoded:
     finally:
         images_part.unlink(missing_ok=True)
         json_part.unlink(missing_ok=True)
-    images = np.load(stem.with_suffix(".npy"), mmap_mode="c")
+    images = np.load(stem.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)
     return Decoded(torch.from_numpy(images), torch.from_numpy(labels), fingerprint)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def rescore(
     record = read_json(folder / "attack.json") or {}
     if not record.get("evaluation", {}).get("save"):
         raise UserError(f"{folder} kept no adversarial examples: evaluate with evaluation.save=float32 or uint8 first")
-    verdicts = np.load(folder / "verdicts.npz")
+    verdicts = _arrays(folder / "verdicts.npz")
     images, labels = data.arrays("test")
     n, chunk = len(verdicts["label"]), int(record["evaluation"]["chunk"])
     if len(labels) < n or not np.array_equal(labels[:n].numpy(), verdicts["label"]):
@@ -56,12 +57,12 @@ def rescore(
     found: dict[str, Any] = {}
     with Counter("rescoring", len(chosen.attacks), enabled=progress) as counter, full_precision(), attack_mode(module):
         for name, attack in chosen.attacks.items():
-            kept = folder.parent / "kept" / record["kept"][name]
+            kept = folder.parent / "kept" / Path(record["kept"][name]).name
             files = [examples_file(kept, i, min(chunk, n - start)) for i, start in enumerate(range(0, n, chunk))]
             missing = [file for file in files if not file.is_file()]
             if missing:
                 raise UserError(f"{missing[0]} is missing: evaluate again with evaluation.save")
-            examples = np.concatenate([np.load(file, allow_pickle=False) for file in files])
+            examples = np.concatenate([_arrays(file) for file in files])
             right, gaps, distance = [], [], 0.0
             for start in range(0, n, batch):
                 adv = torch.from_numpy(examples[start : start + batch]).to(device)
@@ -88,6 +89,19 @@ def rescore(
             counter.advance()
     write_json(folder / "rescored.json", {"batch": batch, "threads": torch.get_num_threads(), "attacks": found})
     return found
+
+
+def _arrays(file: Path) -> Any:
+    """The array of a .npy file, or those of a .npz file by name; no objects, which would be unpickled.
+
+    Raises:
+        UserError: The file holds something else, or is damaged.
+    """
+    try:
+        found = np.load(file, allow_pickle=False)
+        return {name: found[name] for name in found.files} if file.suffix == ".npz" else found
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: holds no plain arrays, or is cut short: evaluate again") from error
 
 
 def objections(found: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ import numpy as np
 from redoubt.errors import UserError
 from redoubt.runs.files import read_json, read_rows
 from redoubt.runs.store import Run, Store
+
+log = logging.getLogger("redoubt")
 
 #: What a run is named after, and what evaluates it.
 CELL = ("data", "model", "defense", "base", "seed")
@@ -136,6 +139,9 @@ def _readable(store: Store) -> Iterator[Record]:
         record = Record(run)
         try:
             record.axes  # noqa: B018 - a config that is damaged or foreign is no run to report on
-        except (UserError, KeyError, TypeError):
+        except UserError as error:
+            log.warning("left out: %s", error)
+            continue
+        except (KeyError, TypeError):
             continue
         yield record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from redoubt.errors import UserError
 from redoubt.reporting.collect import Record, records
 from redoubt.reporting.wandb_run import logged_in, warn
-from redoubt.runs.files import write_json
+from redoubt.runs.files import write_text
 
 if TYPE_CHECKING:  # imports W&B
     from redoubt.reporting.panels import DataSet
@@ -45,8 +46,9 @@ def wandb(
         folder = Path(to or Path(outputs) / "wandb")
         for name, view in _views(runs, project, entity or "").items():
             text = view._to_model().model_dump_json(by_alias=True, exclude_none=True)  # what `save` would send
-            write_json(folder / f"{name}.json", json.loads(text))
-            print(f"wrote {folder / name}.json")
+            file = folder / re.sub(r"[^\w.+-]+", "_", f"{name}.json")
+            write_text(file, json.dumps(json.loads(text), indent=2) + "\n")
+            print(f"wrote {file}")
         print("\nNothing was saved on a server. Log in and call this again:\n  wandb login")
     print("\n".join(_what_to_do(runs, outputs)))
 

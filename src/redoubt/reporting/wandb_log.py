@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from redoubt.reporting.collect import Evaluation, Record
 from redoubt.reporting.wandb_run import accuracies, define_curves, open_run, warn
 from redoubt.runs.files import read_json, write_json
-from redoubt.runs.identity import redacted
 from redoubt.runs.store import Run
+from redoubt.secrets import redacted
 
 TARGET = "redoubt.training.loggers.wandb_logger"
 #: Side in pixels to which smaller images are enlarged, for they are shown as they are.

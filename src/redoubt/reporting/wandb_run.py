@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from redoubt.errors import UserError
-from redoubt.runs.identity import redacted
+from redoubt.secrets import redacted
 
 log = logging.getLogger("redoubt")
 

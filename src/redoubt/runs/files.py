@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redoubt.errors import UserError
+from redoubt.secrets import redacted
 
 #: How a file that is being written begins. What a killed process left is found, and removed, by it.
 TEMPORARY = ".tmp-"
@@ -96,8 +97,8 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write ``value`` as indented JSON atomically; NumPy's and torch's scalars become numbers."""
-    write_text(path, json.dumps(value, indent=2, default=_scalar) + "\n")
+    """Write ``value`` as indented JSON atomically, without secrets; NumPy's and torch's scalars become numbers."""
+    write_text(path, json.dumps(redacted(value), indent=2, default=_scalar) + "\n")
 
 
 def _scalar(value: Any) -> Any:
@@ -112,7 +113,7 @@ def read_json(path: Path | str) -> dict[str, Any] | None:
     """The mapping in a JSON file, or None where there is no such file or it is damaged."""
     try:
         value = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

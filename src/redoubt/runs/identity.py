@@ -57,7 +57,6 @@ PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "omegaconf", "num
 _INTEGER = re.compile(r"[+-]?\d{1,400}")
 _DECIMAL = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _NUMBER = re.compile(rf"\s*({_DECIMAL})\s*(?:/\s*({_DECIMAL})\s*)?")
-_SECRET = re.compile(r"(api_?key|access_?key|private_?key|password|passwd|secret|credentials?|token)$", re.I)
 
 
 def plain(value: Any) -> Any:
@@ -165,22 +164,6 @@ def leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[f"{prefix}{key}"] = json.dumps(item, sort_keys=True)  # as text, for 1.0 == True in Python
     return found
-
-
-def redacted(value: Any, key: str = "") -> Any:
-    """A plain config without secrets, be they named by their key or held by the environment."""
-    if isinstance(value, dict):
-        return {name: redacted(item, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [redacted(item, key) for item in value]
-    if not isinstance(value, str) or not value:
-        return value
-    if _SECRET.search(key):
-        return "<redacted>"
-    for name, secret in os.environ.items():
-        if len(secret) >= 8 and _SECRET.search(name):
-            value = value.replace(secret, "<redacted>")
-    return value
 
 
 def environment(devices: Iterable[str] = ()) -> dict[str, Any]:

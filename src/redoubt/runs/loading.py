@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from redoubt import config
+from redoubt.allowed import check_plain
 from redoubt.build import build_module
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
@@ -85,17 +86,22 @@ def _exported(file: Path) -> RobustModule:
     try:
         with safe_open(file, framework="pt") as opened:
             facts = json.loads(opened.metadata()["redoubt"])
+            check_plain(facts, f"{file}: ")
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         for name in ("model", "defense"):
             if facts[name] is not None:
                 cfg[name] = {**facts[name], "_target_": facts[name]["_target_"]}
         for name, key in (("data", "num_classes"), ("data", "image_size"), ("threat", "norm"), ("threat", "eps")):
+            if isinstance(facts[name][key], list | dict):
+                raise TypeError(key)
             cfg[name][key] = facts[name][key]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is none of export's files, or cut short: give foreign weights to eval.py, as checkpoint={file} "
             "with model=... and data=..."
         ) from error
+    if "pretrained" in cfg.model:
+        cfg.model.pretrained = False  # as above
     module = build_module(cfg)
     prefix = getattr(module.net, "key_prefix", "")
     weights = {f"{prefix}{k}": v for k, v in state.items() if k not in CONSTANTS}  # which the metadata has built

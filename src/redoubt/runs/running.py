@@ -28,6 +28,7 @@ from redoubt.runs.identity import decides, differences, identity, plain
 from redoubt.runs.loading import is_exported, load, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name, reason
+from redoubt.secrets import redacted
 from redoubt.sweeps import Pruned, Taken
 from redoubt.training.distributed import ranks
 from redoubt.training.loggers import opened
@@ -128,7 +129,7 @@ def _fit(
         clean, robust = "val/clean", f"val/pgd{cfg.validation.steps}"
         best = (clean,) if cfg.axes.base == "standard" else (robust, clean)
     facts = {
-        "decides": decides(cfg, data.fingerprint("train"), start.identity if start else None),
+        "decides": decides(redacted(plain(cfg)), data.fingerprint("train"), start.identity if start else None),
         "machine": f"{device_name(cfg)}, torch {torch.__version__}",
     }
     recorder = Recorder(run, every=cfg.trainer.checkpoint_every, best=best, facts=facts)

@@ -18,9 +18,11 @@ from typing import Any
 import filelock
 import yaml
 
+from redoubt.allowed import check_plain
 from redoubt.errors import UserError
 from redoubt.runs import files
-from redoubt.runs.identity import environment, plain, redacted
+from redoubt.runs.identity import environment, plain
+from redoubt.secrets import redacted
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +99,18 @@ class Run:
             raise UserError(f"run {self.name} is {self.status['state']}: let it finish first")
 
     def config(self) -> dict[str, Any]:
-        """The config as plain containers; nothing in it is interpolated or instantiated."""
+        """The config as plain containers; nothing in it is interpolated or instantiated.
+
+        Raises:
+            UserError: It is none, or holds what would be interpolated.
+        """
         try:
             value = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             value = None
         if not isinstance(value, dict):
             raise UserError(f"{self.config_file}: holds no readable config; remove the run, train again")
+        check_plain(value, f"{self.config_file}: ")
         return value
 
     def evaluations(self) -> list[tuple[Path, dict[str, Any]]]:

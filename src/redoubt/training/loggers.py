@@ -15,8 +15,9 @@ from redoubt.build import make
 from redoubt.errors import UserError
 from redoubt.reporting.collect import Record
 from redoubt.reporting.wandb_run import define_curves, open_run, sent_epochs, warn
-from redoubt.runs.identity import plain, redacted
+from redoubt.runs.identity import plain
 from redoubt.runs.store import Run
+from redoubt.secrets import redacted
 from redoubt.training.distributed import ranks
 
 

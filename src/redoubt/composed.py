@@ -1,0 +1,141 @@
+"""Hydra's composing, with its own part of the tree checked before Hydra acts on it.
+
+Hydra makes callbacks, loggers, sweepers and launchers of a config before it calls us. Its loader is where every config
+comes from: of the command line, of each job of a sweep, in a worker of a launcher, of `redoubt.config.compose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import yaml
+from hydra._internal import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from redoubt.allowed import DEEPEST, check, listed, locate, nodes
+from redoubt.errors import UserError
+from redoubt.secrets import redacted
+
+#: What Hydra makes things of.
+_MADE = ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")
+#: What a logging section may name; a file could be any file.
+_LOGGING = ("logging.StreamHandler", "ext://sys.stdout", "ext://sys.stderr")
+#: Hydra's keys that would run what they say, or write down what nobody may read.
+_REFUSED = {
+    "hydra.job.env_set": "set the environment in the shell",
+    "hydra.job.env_copy": "set the environment in the shell",
+    "hydra.output_subdir": "a run's folder holds its config, without secrets",
+}
+_SHELL = "hydra.launcher.setup"
+
+
+@contextmanager
+def checked(folders: Sequence[str]) -> Iterator[None]:
+    """Inside, what Hydra composes is checked.
+
+    Args:
+        folders: The user's own folders of configs, whose ``redoubt.allow`` counts.
+    """
+    module: Any = hydra
+    before, module.ConfigLoaderImpl = module.ConfigLoaderImpl, partial(Loader, folders=folders)
+    try:
+        yield
+    finally:
+        module.ConfigLoaderImpl = before
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader of configs; a launcher's workers get it with its folders."""
+
+    def __init__(self, config_search_path: ConfigSearchPath, folders: Sequence[str]) -> None:
+        super().__init__(config_search_path)
+        self.folders = list(folders)
+
+    def load_configuration(self, config_name: Any, overrides: list[str], *rest: Any, **options: Any) -> DictConfig:
+        """See Hydra.
+
+        Raises:
+            UserError: The config names what is not allowed.
+        """
+        try:
+            cfg = super().load_configuration(config_name, overrides, *rest, **options)
+        except (yaml.YAMLError, RecursionError) as error:
+            said = str(error) if isinstance(error, yaml.YAMLError) else "a config refers to itself: write it out"
+            raise UserError(said) from error
+        tree = opened(cfg)
+        check(tree, self.folders)
+        self._check_hydra(tree["hydra"], overrides)
+        if "submitit" in str(tree["hydra"].get("launcher")):
+            as_given: Any = OmegaConf.to_container(cfg)
+            hydras = as_given.pop("hydra")
+            _check_secrets([as_given, {"hydra": hydras}, {"hydra": {"sweeper": tree["hydra"].get("sweeper")}}])
+        with read_write(cfg.hydra), open_dict(cfg.hydra):
+            for name in _MADE:  # as checked: ${now:} and the like may be another thing the next time
+                cfg.hydra[name] = tree["hydra"][name]
+        return cfg
+
+    def _check_hydra(self, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        values = {f"hydra.{key}": value for key, value in nodes(tree)}
+        for key, instead in _REFUSED.items():
+            if values.get(key):
+                raise UserError(f"{key} is not taken: {instead}")
+        said = any(o.lstrip("+").startswith(f"{_SHELL}=") for o in overrides)
+        if values.get(_SHELL) and not said and _SHELL not in listed(self.folders):
+            raise UserError(
+                f"{_SHELL} holds shell commands: give it on the command line, or allow it by a line {_SHELL} of a file "
+                "redoubt.allow in your --config-dir"
+            )
+        for key, value in values.items():
+            section, _, name = key.removeprefix("hydra.").partition(".")
+            last = name.rpartition(".")[2]
+            if section not in _MADE:
+                continue
+            if isinstance(value, str) and "${" in value:
+                raise UserError(f"{key} is {value!r}, which cannot be evaluated here: write what it stands for")
+            named = last in ("()", "class") or str(value).startswith(("ext://", "cfg://"))
+            if section.endswith("_logging") and named and value not in _LOGGING:
+                raise UserError(f"{key}: {value!r} is not allowed: take hydra/{section}=none")
+            if section == "launcher" and "\n" in f"{name}{value}":  # each becomes a line of a script
+                raise UserError(f"{key} must be one line")
+            if last == "_target_" and name != last and value is not None:
+                locate(value, key, self.folders)
+
+    def _process_config_searchpath(self, config_name: Any, parsed_overrides: list[Override], repo: Any) -> None:
+        for override in parsed_overrides:  # pkg://name would import it
+            if override.get_key_element() == "hydra.searchpath" and "pkg://" in str(override.value()):
+                raise UserError(f"{override.input_line}: packages are not taken: give a folder, as --config-dir")
+        super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+
+def _check_secrets(trees: Sequence[Any]) -> None:
+    """Refuses secrets where each job is written into a file, config and all; ``${oc.env:...}`` is written as it is."""
+    for key, value in (node for tree in trees for node in nodes(tree)):
+        name = key.rpartition(".")[2]
+        if isinstance(value, str) and "${" not in value and redacted({name: value}) != {name: value}:
+            raise UserError(
+                f"{key} holds a secret, which this hydra/launcher would write into its files: give it as "
+                "${oc.env:NAME}, and a database's password as PGPASSWORD or in ~/.pgpass"
+            )
+
+
+def opened(node: Any, depth: int = 0) -> Any:
+    """A composed tree as plain data, interpolations resolved; where that fails, as of ${hydra:...}, the text stays."""
+    if depth > DEEPEST:
+        raise UserError("this config is nested too deeply, or refers to itself: write it out")
+    if not isinstance(node, DictConfig | ListConfig):
+        return node
+    found: dict[Any, Any] = {}
+    inside: Any = node
+    for key in inside if isinstance(node, DictConfig) else range(len(node)):
+        try:
+            found[key] = opened(inside[key], depth + 1)
+        except (OmegaConfBaseException, RecursionError):
+            found[key] = inside._get_node(key)._value()
+    return found if isinstance(node, DictConfig) else list(found.values())
