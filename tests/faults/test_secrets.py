@@ -173,16 +173,16 @@ def test_no_file_of_a_search_holds_its_databases_password(
     assert leaks(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.fault(ROW, "refused")
 @pytest.mark.parametrize(
     ("says", "words"),
     [
         ("model.api_key", ["+model.api_key=canary-api-key"]),
-        pytest.param("model.url", ["+model.url='https://me:pass@host'"], marks=pytest.mark.slow),
-        pytest.param(
+        ("model.url", ["+model.url='https://me:pass@host'"]),
+        (
             "hydra.sweeper.storage",
             ["hydra/sweeper=optuna", "hydra.sweeper.storage='postgresql://me:${oc.env:HF_TOKEN}@host/db'"],
-            marks=pytest.mark.slow,
         ),
     ],
 )

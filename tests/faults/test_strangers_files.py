@@ -126,7 +126,9 @@ TEXTS = {
 
 
 @pytest.mark.fault(CONFIG_ROW, "refused")
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("laughs", "deep") else []) for n in TEXTS]
+)
 def test_nothing_of_a_runs_yaml_runs(run: Run, name: str) -> None:
     run.config_file.write_text(TEXTS[name])
     with pytest.raises(UserError, match=r"no readable config|refers to itself"):
@@ -146,8 +148,8 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("command", "key", "value"),
     [
-        ("eval", "model._target_", FIRE["_target_"]),
         ("eval", "data.augment", "hostile_canary.fire"),
+        pytest.param("eval", "model._target_", FIRE["_target_"], marks=pytest.mark.slow),
         pytest.param("eval", "defense.more", FIRE, marks=pytest.mark.slow),
         pytest.param("eval", "data.root", "${oc.env:HOSTILE_SECRET}", marks=pytest.mark.slow),
         pytest.param("eval", "axes.data", "digits hydra.callbacks.evil=1", marks=pytest.mark.slow),
@@ -231,7 +233,7 @@ PICKLES: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], str]] = {
 
 @pytest.mark.fault(PICKLE_ROW, "refused")
 @pytest.mark.parametrize(
-    "name", [n if n in ("load", "weights", "verdicts") else pytest.param(n, marks=pytest.mark.slow) for n in PICKLES]
+    "name", [n if n in ("weights", "verdicts") else pytest.param(n, marks=pytest.mark.slow) for n in PICKLES]
 )
 def test_nothing_is_unpickled(run: Run, shell: Shell, name: str) -> None:
     where, spoil, command, says = PICKLES[name]
