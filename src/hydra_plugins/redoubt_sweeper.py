@@ -18,10 +18,12 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
 
-from redoubt import launched, sweeps
+from redoubt import config, launched, sweeps
 from redoubt.errors import UserError
-from redoubt.runs.identity import digest
+from redoubt.runs.identity import digest, plain
+from redoubt.schema import TRAIN, checked
 from redoubt.secrets import redacted
 from redoubt.sweeps import Sweep, decides, judges
 
@@ -81,7 +83,7 @@ class GridSweeper(BasicSweeper):
     def section(self) -> Any:
         """``sweep`` of the config."""
         assert self.config is not None
-        return self.config.sweep
+        return OmegaConf.create(checked(plain(self.config.sweep), TRAIN["sweep"], "sweep."))
 
     def words(self, arguments: Sequence[str]) -> list[str]:
         """The sweep file's words, then the command line's, which win."""
@@ -146,11 +148,11 @@ class GridSweeper(BasicSweeper):
             return begun
 
     def check(self, cells: Iterable[Sequence[str]]) -> None:
-        """Composes as many cells as show each word once, so that a misspelt one ends the sweep before it begins."""
+        """Composes as many cells as show each word once, so that a wrong one ends the sweep before it begins."""
         seen: set[str] = set()
         for cell in cells:
             if set(cell) - seen:
-                self.validate_batch_is_legal([cell])
+                config.resolve(config.compose(cell, config.root))
                 seen |= set(cell)
 
 

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from redoubt import allowed, config
+from redoubt.arguments import fitted
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
@@ -23,16 +24,20 @@ def make(section: Mapping[str, Any], key: str, /, **more: Any) -> Any:
         UserError: The target is not allowed or does not exist, or its constructor refuses a value; the message
             begins with the section's key.
     """
-    arguments = {**section, **more}
-    target = arguments.pop("_target_")
+    arguments = dict(section)
+    target = arguments.pop("_target_", None)
+    if target is None:
+        raise UserError(f"{key}._target_ is missing: give the name of a class, or leave {key} as its option has it")
     found = locate(target, f"{key}._target_")
     try:
-        return found(**arguments)
+        return found(**fitted(found, arguments, key, tuple(more)), **more)
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(f"{key}.") else f"{key}: {text}") from error
     except TypeError as error:
         raise UserError(f"{key}: {target} does not take these arguments: {error}") from error
+    except ValueError as error:  # torch's optimizers
+        raise UserError(f"{key}: {target}: {error}") from error
 
 
 def locate(target: Any, key: str) -> Any:
@@ -75,7 +80,9 @@ def _module(tree: dict[str, Any]) -> RobustModule:
     optimizer = dict(tree["optimizer"])
     clip = optimizer.pop("clip", None)
     make_optimizer = functools.partial(_make_optimizer, optimizer)
-    schedule = Schedule(**tree["schedule"], max_epochs=int(tree["trainer"]["max_epochs"]))
+    make_optimizer([torch.zeros(1, requires_grad=True)])  # what it refuses is said now, not when a run has begun
+    shape = fitted(Schedule, tree["schedule"], "schedule", ("max_epochs",))
+    schedule = Schedule(**shape, max_epochs=int(tree["trainer"]["max_epochs"]))
     defense = locate(tree["defense"]["_target_"], "defense._target_")
     base = tree.get("axes", {}).get("base")
     if base and base in STANDARD_BASES and base not in getattr(defense, "bases", (base,)):

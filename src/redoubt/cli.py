@@ -9,9 +9,9 @@ import sys
 import traceback
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from redoubt import config, launched
+from redoubt import config, explain, launched
 from redoubt.completion import completion
 from redoubt.composed import checked
 from redoubt.errors import CheckFailed, UserError, did_you_mean
@@ -91,11 +91,18 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.plugins import Plugins
+    from omegaconf import OmegaConf
 
-    parsed, unknown = get_args_parser().parse_known_args(arguments)
+    parser = get_args_parser()
+    parser.error = _misused  # type: ignore[method-assign]
+    parsed, unknown = parser.parse_known_args(arguments)
     flags = [a for a in unknown if a.startswith("-")]
     if flags:
         raise UserError(f"{flags[0]} is no option: values are given as key=value, and --help lists the keys")
+    words = [*parsed.overrides, *unknown]  # argparse would not take those behind an option
+    for word in words:
+        arguments.remove(word)
+    arguments = [*arguments, *words]
 
     if {"-sc", "--shell-completion"} & set(arguments) and (text := completion(arguments)) is not None:
         print(text)
@@ -110,8 +117,9 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing its own many lines
     config.register_resolvers()
     config.root = command
+    explain.check_words(words)
     if parsed.help:
-        print(usage(command, parsed.overrides))
+        print(usage(command, words))
         return 0
     config.chosen[:] = [f"{m[1]}={m[2]}" for m in map(_CHOICE.match, arguments) if m]
 
@@ -126,7 +134,8 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
         _own_packages(here)
         config.root = command
         cfg = config.with_axes(cfg, dict(hydra_config.runtime.choices))
-        code, value = _cell(command, cfg, list(hydra_config.overrides.task), debug)
+        own = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)  # of a job of a sweep
+        code, value = _cell(command, cfg, [str(word) for word in own or ()], debug)
         ended.append(code)
         return value
 
@@ -142,6 +151,10 @@ def _hydra(command: str, arguments: list[str], debug: bool) -> int:
 
         return show(*sweeps.current.pop())
     return max(ended, default=0)
+
+
+def _misused(message: str) -> NoReturn:
+    raise UserError(f"{message}: values are given as key=value, and --help lists the keys")
 
 
 def _cell(command: str, cfg: DictConfig, overrides: list[str], debug: bool) -> tuple[int, Any]:
@@ -183,6 +196,7 @@ def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     from redoubt import jobs
     from redoubt.training.distributed import companions
 
+    config.complete(cfg, command)
     if command == "export":
         return jobs.export_run(cfg)
     cfg = config.resolve(cfg)
@@ -221,9 +235,8 @@ def _child(file: str) -> int:
 
 def one_line(error: BaseException) -> str | None:
     """What to tell a user of an error that is not ours; None where it is a defect of the program."""
-    module = type(error).__module__
-    if module.startswith(("hydra.", "omegaconf.", "antlr4.")):
-        return config.explain(error)
+    if explain.is_of_config(error):
+        return explain.explain(error)
     text = str(error)
     memory = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
     if isinstance(error, MemoryError) or any(m in text for m in memory):

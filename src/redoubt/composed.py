@@ -64,11 +64,14 @@ class Loader(ConfigLoaderImpl):
         Raises:
             UserError: The config names what is not allowed.
         """
+        from redoubt.explain import explain
+
         try:
             cfg = super().load_configuration(config_name, overrides, *rest, **options)
-        except (yaml.YAMLError, RecursionError) as error:
-            said = str(error) if isinstance(error, yaml.YAMLError) else "a config refers to itself: write it out"
-            raise UserError(said) from error
+        except yaml.YAMLError as error:
+            raise UserError(explain(error)) from error
+        except RecursionError as error:
+            raise UserError("a config refers to itself: write it out") from error
         tree = opened(cfg)
         check(tree, self.folders)
         self._check_hydra(tree["hydra"], overrides)

@@ -11,14 +11,14 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from redoubt import allowed
+from redoubt import allowed, schema
 from redoubt.composed import checked
-from redoubt.errors import UserError, did_you_mean
+from redoubt.errors import UserError
 from redoubt.secrets import from_environment
-from redoubt.units import as_number, as_whole
+from redoubt.units import as_number
 
 #: The axes of the grid, each a config group.
 AXES = ("model", "defense", "base", "data", "attack")
@@ -73,7 +73,10 @@ def compose(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
     Raises:
         UserError: An override names what does not exist.
     """
+    from redoubt.explain import check_words, explain  # which compose their hints
+
     register_resolvers()
+    check_words(overrides)
     extra = [f"hydra.searchpath=[{','.join(f'file://{p}' for p in search_path)}]"] if search_path else []
     state = GlobalHydra.instance()
     outer = state.hydra
@@ -82,7 +85,7 @@ def compose(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
         with checked(search_path), initialize_config_dir(config_dir(), version_base="1.3"):
             cfg = hydra_compose(config_name, [*overrides, *extra], return_hydra_config=True)
     except Exception as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, root=config_name)) from error
     finally:
         state.clear()
         if outer is not None:
@@ -117,45 +120,64 @@ def resolve(cfg: DictConfig) -> DictConfig:
     """A copy with every interpolation resolved, fractions as floats and derived defaults filled in.
 
     Raises:
-        UserError: A value is missing, an interpolation fails, or a value is out of its range.
+        UserError: A value is missing, an interpolation fails, or a value is none or out of its range.
     """
+    from redoubt.explain import explain
+
     try:
         missing = OmegaConf.missing_keys(cfg)
         if missing:
             raise UserError(f"{sorted(missing)[0]} is missing: give it on the command line")
         tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except (InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, _failing(cfg))) from error
     assert isinstance(tree, dict)
     allowed.check({str(key): value for key, value in tree.items()}, search_path)
     allowed.check_plain(tree, "")
     _evaluate_fractions(tree, "")
+    tree = schema.checked({str(key): value for key, value in tree.items()})
     if tree["evaluation"]["weights"] is None:
         tree["evaluation"]["weights"] = "student" if tree["ema"]["decay"] is None else "ema"
-    check({str(key): value for key, value in tree.items()})
+    _agree(tree)
     resolved = OmegaConf.create(tree)
     OmegaConf.set_struct(resolved, True)
     return resolved
 
 
+def _failing(cfg: DictConfig, prefix: str = "") -> str | None:
+    """The key whose interpolation fails; where others refer to it, the one that is nearest to the top."""
+    found = []
+    for key in map(str, cfg):
+        try:
+            value = cfg[key]
+        except OmegaConfBaseException:
+            found.append(f"{prefix}{key}")
+        else:
+            inner = _failing(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else None
+            found += [inner] if inner else []
+    return min(found, key=lambda name: name.count("."), default=None)
+
+
+#: Keys whose value is a text, even where it looks like a fraction; and all that is under them.
+_TEXTS = ("paths", "run", "checkpoint", "rescore", "to", "root", "pretrained", "name")
+
+
 def _evaluate_fractions(tree: Any, prefix: str) -> None:
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if key in _TEXTS:
+            continue
         if isinstance(value, (dict, list)):
             _evaluate_fractions(value, f"{prefix}{key}.")
         elif isinstance(value, str) and _FRACTION.fullmatch(value):
             tree[key] = as_number(value, f"{prefix}{key}")
 
 
-def check(tree: Mapping[str, Any]) -> None:
-    """Rejects values that would train or attack something else than what was meant.
+def _agree(tree: dict[str, Any]) -> None:
+    """Rejects values that, together, would train or attack something else than what was meant.
 
     Raises:
-        UserError: Unknown top-level key, or a number that is none or out of its range.
+        UserError: Names the keys.
     """
-    known = top_level_keys()
-    for key in tree:
-        if key not in known:
-            raise UserError(f"{key} is not a key of this config{did_you_mean(key, known)}")
     size = tree["data"]["image_size"]
     for owner in ("threat", "inner", "attack"):
         section = tree[owner]
@@ -171,23 +193,11 @@ def check(tree: Mapping[str, Any]) -> None:
                 f"{owner}.eps={eps:g} is outside [0, {largest:.4g}], the range of {norm} distances between images "
                 "with pixels in [0, 1]: eps is in pixel units, as 8/255"
             )
-    for key, least in _NUMBERS.items():
-        value = _at(tree, key)
-        if value is not None and as_number(value, key) < least:
-            raise UserError(f"{key}={value} must be at least {least:g}")
-    if _at(tree, "awp.warmup") is not None and _at(tree, "awp.rho") is None:
+    if tree["ema"].get("warmup") and tree["ema"]["decay"] is None:
+        raise UserError("ema.warmup=true needs ema.decay, which switches averaging on: give it too, or ema=warmup")
+    awp = tree.get("awp") or {}
+    if awp.get("warmup") is not None and awp.get("rho") is None:
         raise UserError("awp.warmup needs awp.rho, which switches it on: give it too, as awp.rho=0.005")
-    for key in _WHOLE:
-        value = _at(tree, key)
-        if value is not None and (isinstance(value, bool) or as_number(value, key) != int(as_number(value, key))):
-            raise UserError(f"{key}={value} must be a whole number")
-    if _at(tree, "optimizer.lr") is None:
-        raise UserError("optimizer.lr is missing: give it a number")
-    for key, choices in _CHOICES.items():
-        value = _at(tree, key)
-        if value not in choices:
-            raise UserError(f"{key}={value!r} is not known: take {' or '.join(_shown(c) for c in choices)}")
-    _check_audit(tree.get("audit") or {})
     if tree["evaluation"].get("skip_broken"):
         if not tree["attack"].get("ensemble"):
             raise UserError("evaluation.skip_broken=true leaves only the Ensemble: give attack.ensemble=true too")
@@ -200,149 +210,12 @@ def check(tree: Mapping[str, Any]) -> None:
         )
 
 
-#: Efforts of the audit; all else there is a limit, which may be any number.
-_EFFORTS = ("images", "passes", "starts", "factor", "least", "more", "steps", "draws", "queries", "directions")
+def complete(cfg: DictConfig, command: str) -> None:
+    """Looks whether a freshly composed config holds what its command reads, and nothing else.
 
-
-def _check_audit(section: Mapping[str, Any], prefix: str = "audit") -> None:
-    for name, value in section.items():
-        key = f"{prefix}.{name}"
-        if isinstance(value, Mapping):
-            _check_audit(value, key)
-        elif prefix == "audit" and name not in ("images", "source"):
-            raise UserError(f"{key}={value} is a group of keys: give one of them, as {key}.share=0.1")
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            if not value:
-                raise UserError(f"{key} is empty: give at least one number")
-            for item in value:
-                if (as_whole(item, key) if name == "steps" else as_number(item, key)) < 0:
-                    raise UserError(f"{key}={list(value)} must hold no negative number")
-        elif name in _EFFORTS:
-            as_whole(value, key, 2 if name == "passes" else 1)
-        elif key != "audit.source":
-            positive = name in ("h", "tolerance", "step", "radius")
-            if as_number(value, key) <= 0 and positive:
-                raise UserError(f"{key}={value} must be above 0")
-
-
-def _shown(value: Any) -> str:
-    """A value as yaml writes it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
-
-
-#: Numbers and the least value of each.
-_NUMBERS = {
-    "seed": float("-inf"),
-    "label_smoothing": 0.0,
-    "optimizer.lr": 0.0,
-    "optimizer.momentum": 0.0,
-    "optimizer.weight_decay": 0.0,
-    "optimizer.clip": 0.0,
-    "trainer.max_epochs": 1,
-    "trainer.num_nodes": 1,
-    "trainer.accumulate": 1,
-    "trainer.checkpoint_every": 1,
-    "data.batch_size": 2,
-    "evaluation.chunk": 1,
-    "evaluation.seed": float("-inf"),
-    "inner.steps": 0,
-    "inner.step": 0.0,
-    "validation.every": 1,
-    "validation.steps": 0,
-    "validation.step": 0.0,
-    "awp.rho": 0.0,
-    "awp.warmup": 0.0,
-}
-_WHOLE = (
-    "seed",
-    "trainer.max_epochs",
-    "trainer.num_nodes",
-    "trainer.accumulate",
-    "trainer.checkpoint_every",
-    "data.batch_size",
-    "evaluation.chunk",
-    "evaluation.seed",
-    "inner.steps",
-    "validation.every",
-    "validation.steps",
-)
-_CHOICES: dict[str, list[Any]] = {
-    "runs.keep": ["weights", "all"],
-    "evaluation.checkpoint": ["last", "best"],
-    "evaluation.save": [None, "float32", "uint8"],
-    "evaluation.skip_broken": [False, True],
-}
-
-
-def top_level_keys() -> set[str]:
-    """Every key that the root configs and their groups write."""
-    keys = {"axes", "run", "checkpoint", "rescore", "audit"}
-    for name in ("train", "eval"):
-        root = OmegaConf.load(Path(config_dir()) / f"{name}.yaml")
-        assert isinstance(root, DictConfig)
-        keys |= {str(k) for k in root if k not in ("defaults", "hydra")}
-        for entry in root.get("defaults", []):
-            if isinstance(entry, DictConfig):
-                keys |= {str(k) for k in entry if " " not in str(k)}
-    return keys
-
-
-def explain(error: BaseException) -> str:
-    """Hydra's and OmegaConf's errors in one line that names the key and what exists."""
-    if isinstance(error, UserError):
-        return str(error)
-    text = str(error)
-    cause: BaseException | None = error
-    while cause is not None:  # the innermost error names the key
-        text = str(cause) or text
-        cause = cause.__cause__
-    group = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
-    if group:
-        options = re.search(r"Available options in '[^']*':\s*(.*?)\s*Config search path", str(error), re.S)
-        names = options.group(1).split() if options else []
-        wanted = f"{group[1]}/{group[2]}".removeprefix("experiment/")
-        if group[1].split("/")[0] == "experiment":
-            return f"experiment={wanted} does not exist{did_you_mean(wanted, _experiments(wanted, names))}"
-        return f"{group[1]}={group[2]} does not exist{did_you_mean(group[2], names)}"
-    unknown = re.search(r"Could not override '([^']+)'", str(error))
-    if unknown:
-        key = unknown[1]
-        where = re.search(r"Key '([^']+)' is not in struct", text)
-        return f"{key} is not a key of this config{_siblings(key)}" if where else f"{key}: {_first(text)}"
-    if "Error parsing override" in text or "Error parsing override" in str(error):
-        return f"{_first(str(error))}: write key=value, and quote values with special characters, as 'key=\"a,b\"'"
-    key = getattr(error, "full_key", None)
-    first = _first(str(error) if key else text)
-    return f"{key}: {first}" if key and key not in first else first
-
-
-def _experiments(wanted: str, top: Sequence[str]) -> list[str]:
-    """The experiments of the folder (a paper's) that was asked for; else those at the top, and the folders."""
-    root, folder = Path(config_dir()) / "experiment", wanted.rpartition("/")[0]
-    inside = [f"{folder}/{file.stem}" for file in (root / folder).glob("*.yaml")] if folder else []
-    return inside or [*top, *(f"{path.name}/..." for path in root.iterdir() if path.is_dir())]
-
-
-def _first(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else "the configuration could not be composed"
-
-
-def _siblings(key: str) -> str:
-    """Near names beside a key that does not exist."""
-    try:
-        cfg = compose(chosen, root)
-        parent, _, leaf = key.rpartition(".")
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        if not isinstance(node, DictConfig):
-            node, leaf = cfg, key.split(".")[0]
-        names = [str(k) for k in node if k not in ("_target_", "axes")]
-        return "" if leaf in names else did_you_mean(leaf, names)  # a key of the default option, not of the chosen one
-    except Exception:  # a hint must never hide the error that it explains
-        return ""
+    Raises:
+        UserError: A key is missing, or one is there that does not exist.
+    """
+    tree = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(tree, dict)
+    schema.complete({str(key): value for key, value in tree.items()}, command)

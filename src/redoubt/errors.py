@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -32,3 +33,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f": did you mean {' or '.join(near)}? There are {', '.join(names)}"
     return f": there are {', '.join(names)}" if names else ""
+
+
+def shown(value: Any) -> str:
+    """A value as yaml and the command line write it, on one line that is not too long."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -151,8 +151,9 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         raise UserError("eval wants either run=<folder or name> or checkpoint=<file> with model=... data=...")
     if cfg.rescore is not None and cfg.run is None:
         raise UserError("rescore is of a run's evaluation: give run=<folder or name> rescore=<evaluation>")
-    if cfg.trainer.fast_dev_run:
-        raise UserError("trainer.fast_dev_run=true is for train; for a quick look take data.limit_test=100")
+    for key in ("trainer.fast_dev_run", "plan"):
+        if OmegaConf.select(cfg, key):
+            raise UserError(f"{key}=true is for train: leave it out; for a quick look take data.limit_test=100")
     if cfg.run is not None:
         run = Store(cfg.paths.outputs).find(str(cfg.run))
         if cfg.rescore is not None:

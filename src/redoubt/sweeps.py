@@ -204,8 +204,9 @@ def find(outputs: Path | str, name: str | None = None) -> Sweep:
     fitting = known[-1:] if name is None else [s for s in known if s.name == name]
     fitting = fitting or [s for s in known if name is not None and s.name.startswith(name)]
     if len(fitting) != 1:
-        there = f"there are {', '.join(s.name for s in known)}" if known else "there is none yet"
-        raise UserError(f"sweep={name or 'null'}: {'no such sweep' if not fitting else 'means several'}; {there}")
+        there = f"there are {', '.join(s.name for s in known)}" if known else "train -m begins one"
+        said = f"{'means several' if fitting else 'no such sweep'} in {Path(outputs) / 'sweeps'} (paths.outputs)"
+        raise UserError(f"sweep={name or 'null'}: {said}: {there}")
     return fitting[0]
 
 

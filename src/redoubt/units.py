@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
-from redoubt.errors import UserError
+from redoubt.errors import UserError, shown
 
 
 def as_number(value: float | str, key: str) -> float:
@@ -14,32 +15,47 @@ def as_number(value: float | str, key: str) -> float:
     Raises:
         UserError: It is neither; the message names ``key``.
     """
-    number = None
-    if isinstance(value, str):
-        top, *bottom = value.split("/")
-        try:
-            number = float(Fraction(top.strip()) / Fraction(bottom[0].strip())) if bottom else float(value)
-        except (ValueError, ZeroDivisionError):
-            number = None
-        if len(bottom) > 1:
-            number = None
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = float(value)
-    if number is None or not math.isfinite(number):
-        raise UserError(f"{key}={value!r} is not a number: write it as 0.03 or as 8/255")
+    number = math.nan
+    try:
+        if isinstance(value, str):
+            top, *bottom = (part.strip() for part in value.split("/"))
+            number = float(top)
+            if bottom:  # exact; with an exponent of many digits a Fraction would fill the memory
+                small = len(bottom) == 1 and not re.search(r"e[+-]?\d{4}", value, re.I)
+                number = float(Fraction(top) / Fraction(bottom[0])) if small else math.nan
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            number = float(value)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{key}={shown(value)} is not a number: write it as 0.03 or as 8/255")
     return number
 
 
-def as_whole(value: float | str, key: str, least: int = 1) -> int:
-    """A whole number of at least ``least``.
+def as_whole(value: float | str, key: str, least: int | None = 1) -> int:
+    """A whole number of at least ``least``, of 64 bits.
 
     Raises:
         UserError: It is none; the message names ``key``.
     """
-    number = as_number(value, key)
-    if number != int(number) or number < least:
-        raise UserError(f"{key}={value} must be a whole number of at least {least}")
-    return int(number)
+    try:
+        number = as_number(value, key)
+    except UserError:
+        number = math.nan
+    if number != number // 1 or (least is not None and number < least):
+        limit = "" if least is None else f" of at least {least}"
+        raise UserError(f"{key}={shown(value)} must be a whole number{limit}")
+    if abs(number) >= 2**63:
+        raise UserError(f"{key}={shown(value)} is too large: give a whole number below 2**63")
+    return value if isinstance(value, int) else int(number)
+
+
+def seeds_of(value: float | str) -> int:
+    """How many seeds are asked for; each is a run of hours, and a thousand of them a slip of the keyboard."""
+    seeds = as_whole(value, "seeds")
+    if seeds > 1000:
+        raise UserError(f"seeds={shown(value)} are too many: take at most 1000")
+    return seeds
 
 
 def clock(seconds: float) -> str:

@@ -88,7 +88,7 @@ def corruptions(*, kinds: Sequence[str] | None = None, severities: Sequence[int]
     """
     for name, value in (("kinds", kinds), ("severities", severities)):
         if value is not None and (isinstance(value, str) or not isinstance(value, Sequence) or not value):
-            raise UserError(f"{name}={value!r} must be a list, as [{value}]")
+            raise UserError(f"{name}={value!r} must be a list of at least one, as kinds=[fog] or severities=[1,3]")
     return {
         f"{kind}_{severity}": Corruption(kind=kind, severity=severity)
         for kind in (KINDS if kinds is None else kinds)

@@ -262,6 +262,9 @@ def _version(package: str) -> str:
 def _mapping(options: Any) -> dict[str, Any]:
     if options is not None and not isinstance(options, Mapping):
         raise UserError(f"options={options!r} must be a mapping: write it in quotes, as 'attack.options={{steps:20}}'")
+    for name in ("steps", "n_restarts", "n_queries"):  # with a negative one the libraries do nothing, without a word
+        if options and options.get(name) is not None:
+            as_whole(options[name], f"options.{name}")
     return dict(options or {})
 
 

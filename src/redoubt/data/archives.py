@@ -7,8 +7,10 @@ import logging
 import os
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from redoubt.errors import UserError
 
@@ -16,6 +18,10 @@ log = logging.getLogger("redoubt")
 
 #: Seconds without a byte after which a download is given up.
 TIMEOUT = 10.0
+#: How a file ends that is being downloaded.
+PART = ".part"
+#: Bytes; the largest of the published files has 248 million.
+LARGEST = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -58,21 +64,59 @@ def download(remotes: Sequence[Remote], root: Path) -> None:
             ) from e
 
 
+def clean(root: Path) -> None:
+    """Removes what killed downloads left; for whoever holds the lock under which others would be at it."""
+    for left in root.glob(f".*{PART}"):
+        with suppress(OSError):
+            left.unlink()
+
+
 def _download(remote: Remote, root: Path) -> None:
     from torchvision.datasets.utils import check_integrity
 
     root.mkdir(parents=True, exist_ok=True)
-    part = root / f".{remote.name}.{os.getpid()}.part"
+    part = root / f".{remote.name}.{os.getpid()}{PART}"
     request = urllib.request.Request(remote.url, headers={"User-Agent": "redoubt"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(part, "wb") as file:
-            while chunk := response.read(1 << 20):
+            told = response.headers.get("Content-Length")
+            content = Limited(response, LARGEST)
+            while chunk := content.read(1 << 20):
                 file.write(chunk)
+            if told is not None and file.tell() != int(told):
+                raise OSError(f"the connection ended after {file.tell()} of {told} bytes")
         if not check_integrity(part, remote.md5):
-            raise UserError(f"{remote.url}: what came is not the published file (md5 is not {remote.md5})")
+            raise UserError(
+                f"{remote.url}: what came is not the published file (md5 is not {remote.md5}): try again, or put"
+                f" {remote.name} into {root}"
+            )
         os.replace(part, root / remote.name)
     finally:
         part.unlink(missing_ok=True)
+
+
+class Limited:
+    """A stream that ends in an error where it holds more bytes than it should.
+
+    Args:
+        file: What is read.
+        most: Bytes that it may hold.
+    """
+
+    def __init__(self, file: Any, most: int) -> None:
+        self.file, self.most, self.left = file, most, most
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, as those of a file.
+
+        Raises:
+            ValueError: There are more than there should be.
+        """
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"it holds more than {self.most} bytes")
+        return data
 
 
 def matches(path: Path, md5: str, *, verify: bool, origin: str) -> bool:

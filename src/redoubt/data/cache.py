@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from redoubt.data.archives import clean
 from redoubt.data.source import Source
 from redoubt.errors import UserError
 
@@ -83,6 +84,7 @@ def load(source: Source, split: str) -> Decoded:
     try:
         if (ready := _open(source, split, stem)) is not None:
             return ready
+        clean(source.root)
         source.fetch(split)
         return _build(source, split, stem)
     finally:
@@ -95,13 +97,17 @@ def _open(source: Source, split: str, stem: Path) -> Decoded | None:
         about = Description(**json.loads(stem.with_suffix(".json").read_text()))
         # a private map: torch wants writable memory
         images = np.load(stem.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, TypeError, EOFError):
+        labels = torch.tensor(about.labels, dtype=torch.int64)
+    except (OSError, ValueError, TypeError, EOFError, RecursionError, RuntimeError):
         return None
-    if list(images.shape) != about.shape or images.dtype != np.uint8 or len(about.labels) != len(images):
+    shape = [len(labels), 3, source.image_size, source.image_size]
+    if list(images.shape) != shape or images.dtype != np.uint8 or not len(labels):
+        return None
+    if labels.min() < 0 or labels.max() >= source.num_classes:
         return None
     if source.signature(split) != about.signature or (source.must_match and not about.official):
         return None
-    return Decoded(torch.from_numpy(images), torch.tensor(about.labels), about.fingerprint)
+    return Decoded(torch.from_numpy(images), labels, about.fingerprint)
 
 
 def _decode(source: Source, split: str) -> Decoded:

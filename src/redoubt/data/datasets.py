@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from redoubt.data.module import ImageData
-from redoubt.data.official import CIFARBatches, Official, SVHNMat
+from redoubt.data.official import CIFARBatches, Official
 from redoubt.data.source import Allocate, Generated, Source
 from redoubt.data.subsets import stratified_split
+from redoubt.data.svhn import SVHNMat
 from redoubt.data.tiny import ZIP, TinyFolder, TinyZip
 from redoubt.errors import UserError
 from redoubt.rng import generator
@@ -24,7 +25,7 @@ class CIFAR10(ImageData):
     published = (50_000, 10_000)
 
     def official(self) -> Official:
-        return CIFARBatches(known="CIFAR10", verify=self.verify, **self.where())
+        return CIFARBatches(known="CIFAR10", verify=self.verify, most=self.published, **self.where())
 
 
 class CIFAR100(ImageData):
@@ -34,7 +35,7 @@ class CIFAR100(ImageData):
     published = (50_000, 10_000)
 
     def official(self) -> Official:
-        return CIFARBatches(known="CIFAR100", verify=self.verify, **self.where())
+        return CIFARBatches(known="CIFAR100", verify=self.verify, most=self.published, **self.where())
 
 
 class SVHN(ImageData):
@@ -44,7 +45,7 @@ class SVHN(ImageData):
     published = (73_257, 26_032)
 
     def official(self) -> Official:
-        return SVHNMat(known="SVHN", verify=self.verify, **self.where())
+        return SVHNMat(known="SVHN", verify=self.verify, most=self.published, **self.where())
 
 
 class TinyImageNet(ImageData):
@@ -54,10 +55,10 @@ class TinyImageNet(ImageData):
     published = (100_000, 10_000)
 
     def official(self) -> Official:
-        folder = TinyFolder(verify=self.verify, **self.where())
+        folder = TinyFolder(verify=self.verify, most=self.published, **self.where())
         if folder.present() and not (self.root / ZIP.name).is_file():
             return folder
-        return TinyZip(verify=self.verify, **self.where())
+        return TinyZip(verify=self.verify, most=self.published, **self.where())
 
 
 class Digits(ImageData):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,16 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The image files of one class, in the order of their names; hidden files are no images."""
+    """The image files of one class, in the order of their names; hidden files are no images.
+
+    Raises:
+        UserError: Something else has an image's name: reading a pipe would never end.
+    """
     with os.scandir(folder) as found:
         files = [e for e in found if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")]
+        odd = next((e.path for e in files if not (e.is_file(follow_symlinks=False) or isfile(e.path))), None)
+    if odd:
+        raise UserError(f"{odd}: no file, but a folder, a device or a link to nothing; remove it")
     return iter(sorted(files, key=lambda e: e.name))
 
 

@@ -31,7 +31,7 @@ def decode_images(out: np.ndarray, names: Sequence[str], read: Callable[[str], s
         title: What is decoded, for the progress bar and the log.
 
     Raises:
-        UserError: An image is broken or has another size than ``out``.
+        UserError: An image is broken, has another size than ``out``, or has no pixels of three bytes.
     """
     height, width = out.shape[2:]
 
@@ -53,16 +53,35 @@ def decode_images(out: np.ndarray, names: Sequence[str], read: Callable[[str], s
             pool.shutdown(cancel_futures=True)
 
 
+#: What is read, whatever a file is called: Pillow hands others, as EPS, to programs of the machine.
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
 def _decode(name: str, read: Callable[[str], str | IO[bytes]], width: int, height: int) -> np.ndarray:
     try:
-        with Image.open(read(name)) as image:
-            if image.size == (width, height):  # before any pixel is decoded
-                return np.asarray(image.convert("RGB"))
-            size = image.size
+        with Image.open(read(name), formats=FORMATS) as image:
+            if image.size != (width, height):  # before any pixel is decoded
+                raise UserError(
+                    f"{name}: {image.size[0]} x {image.size[1]} pixels, but data.image_size is {width}; resize the"
+                    f" images to {width} x {height} or set data.image_size"
+                )
+            if (why := _ambiguous(image)) is not None:
+                raise UserError(f"{name}: {why}; save it as one opaque image of 8 bits a channel")
+            return np.asarray(image.convert("RGB"))
+    except UserError:
+        raise
     except Exception as e:  # Pillow's decoders raise a dozen kinds for a damaged file
         cause = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{name}: not a readable image ({cause}); replace or remove it") from e
-    raise UserError(
-        f"{name}: {size[0]} x {size[1]} pixels, but data.image_size is {width}; resize the images to"
-        f" {width} x {height} or set data.image_size"
-    )
+
+
+def _ambiguous(image: Image.Image) -> str | None:
+    """Why an image's three bytes a pixel would be a guess: Pillow clips 16 bits and drops what lies under alpha."""
+    if getattr(image, "is_animated", False):
+        return "it holds several images"
+    if image.mode.startswith(("I", "F")):
+        return "it has more than 8 bits a channel"
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        opaque = image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+        return None if opaque else "it has transparent pixels"
+    return None

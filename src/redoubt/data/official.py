@@ -1,9 +1,8 @@
-"""CIFAR's Python batches and SVHN's .mat files, as their authors publish them."""
+"""Published files; CIFAR's Python batches, as their authors publish them."""
 
 from __future__ import annotations
 
-import pickle
-import posixpath
+import gzip
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +10,22 @@ from typing import IO, Any
 
 import numpy as np
 
-from redoubt.data.archives import Remote, download, matches, unreadable
+from redoubt.data.archives import Limited, Remote, download, matches, unreadable
+from redoubt.data.pickles import load_arrays
 from redoubt.data.source import Allocate, Source, stat_entry
 from redoubt.errors import UserError
+
+#: Bytes of an image.
+PIXELS = 3 * 32 * 32
+#: Of an archive of batches; the published ones have nine.
+MEMBERS = 100
 
 
 class Official(Source):
     """Published files: `pieces` names those of a split; torchvision knows their checksums.
 
     Args:
+        most: How many images a split has, by "train" and "test"; an archive of more is none of these.
         verify: Refuse files with other checksums than the published ones.
         known: Name of the class in `torchvision.datasets` that states names, URLs and checksums.
     """
@@ -27,9 +33,10 @@ class Official(Source):
     kind = "official"
     downloads = True
 
-    def __init__(self, *, verify: bool, known: str = "", **where: Any) -> None:
+    def __init__(self, *, verify: bool, most: tuple[int, int], known: str = "", **where: Any) -> None:
         super().__init__(**where)
         self.verify, self._known = verify, known
+        self.most = dict(zip(("train", "test"), most, strict=True))
 
     @property
     def known(self) -> Any:
@@ -74,23 +81,6 @@ class Official(Source):
             )
 
 
-class _Arrays(pickle.Unpickler):
-    """Unpickles arrays and containers, nothing that could run: an unchecked file may be a stranger's."""
-
-    allowed = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it contains {module}.{name}, which is no array")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
 class CIFARBatches(Official):
     """``cifar-10-python.tar.gz`` or its unpacked folder. The archive is read without unpacking it."""
 
@@ -107,13 +97,19 @@ class CIFARBatches(Official):
 
     def decode(self, split: str, allocate: Allocate) -> np.ndarray:
         paths = [path for path, _ in self.pieces(split)]
+        batches: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         try:
-            batches = dict(self._batches(paths, split))
+            for name, raw in self._batches(paths, split):
+                if name in batches:
+                    raise ValueError(f"{name} is twice in it")
+                batches[name] = _read(raw)
+            missing = [name for name, _ in self._members(split) if name not in batches]
+            if missing:
+                raise KeyError(f"no {missing[0]} in it")
+            if sum(len(data) for data, _ in batches.values()) > self.most[split]:
+                raise ValueError(f"it holds more than {self.most[split]} images")
         except Exception as e:  # tarfile, zlib and pickle raise a dozen kinds for a damaged file
             raise unreadable(paths[0], e, self.remote(split).url) from e
-        missing = [name for name, _ in self._members(split) if name not in batches]
-        if missing:
-            raise unreadable(paths[0], KeyError(f"no {missing[0]} in it"), self.remote(split).url)
         ordered = [batches[name] for name, _ in self._members(split)]
         self.check_size((32, 32))
         out, first = allocate(sum(len(data) for data, _ in ordered)), 0
@@ -122,45 +118,45 @@ class CIFARBatches(Official):
             first += len(data)
         return np.concatenate([labels for _, labels in ordered])
 
-    def _batches(self, paths: list[Path], split: str) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    def _batches(self, paths: list[Path], split: str) -> Iterator[tuple[str, bytes]]:
         wanted = {name for name, _ in self._members(split)}
         if paths[0].name in wanted:
             for path in paths:
                 with open(path, "rb") as unpacked:
-                    yield path.name, self._read(unpacked)
+                    yield path.name, self._whole(unpacked, split)
             return
-        with tarfile.open(paths[0], "r|gz") as tar:  # a stream: one pass, nothing written
-            for member in tar:
-                folder, name = posixpath.split(posixpath.normpath(member.name))
-                if folder == self.known.base_folder and name in wanted and (file := tar.extractfile(member)):
-                    yield name, self._read(file)
+        held = 2 * PIXELS * sum(self.most.values())  # and the names and labels of the images
+        with gzip.open(paths[0]) as unpacked:
+            stream: Any = Limited(unpacked, held)
+            with tarfile.open(fileobj=stream, mode="r|") as tar:  # one pass, nothing written
+                yield from self._members_of(tar, wanted, split)
 
-    def _read(self, file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        # bytes, not latin1: a string as long as the images would be made and encoded again
-        raw = _Arrays(file, encoding="bytes").load()
-        entry = {k.decode() if isinstance(k, bytes) else k: v for k, v in raw.items()}
-        labels = entry["labels"] if "labels" in entry else entry["fine_labels"]
-        return entry["data"], np.asarray(labels, dtype=np.int64)
+    def _members_of(self, tar: tarfile.TarFile, wanted: set[str], split: str) -> Iterator[tuple[str, bytes]]:
+        for count, member in enumerate(tar):
+            if count >= MEMBERS:
+                raise ValueError(f"it holds more than {MEMBERS} files")
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            if folder == self.known.base_folder and name in wanted:
+                if not member.isreg():
+                    raise ValueError(f"{name} is no file in it")
+                content = tar.extractfile(member)
+                assert content is not None
+                yield name, self._whole(content, split)
+
+    def _whole(self, file: IO[bytes], split: str) -> bytes:
+        most = 2 * PIXELS * self.most[split]
+        raw = file.read(most + 1)
+        if len(raw) > most:
+            raise ValueError(f"a batch has more than {most} bytes")
+        return raw
 
 
-class SVHNMat(Official):
-    """``{train,test}_32x32.mat``: X uint8 [32, 32, 3, N], y in 1 .. 10 where 10 is the digit 0."""
-
-    def remote(self, split: str) -> Remote:
-        url, name, md5 = self.known.split_list[split]
-        return Remote(name, md5, url)
-
-    def decode(self, split: str, allocate: Allocate) -> np.ndarray:
-        from scipy.io import loadmat  # comes with scikit-learn
-
-        path = self.root / self.remote(split).name
-        try:
-            mat = loadmat(path, variable_names=["X", "y"])
-            images, labels = mat["X"], mat["y"].ravel().astype(np.int64)
-        except Exception as e:  # scipy raises a dozen kinds for a damaged file
-            raise unreadable(path, e, self.remote(split).url) from e
-        self.check_size(images.shape[:2])
-        out = allocate(len(labels))
-        for first in range(0, len(labels), 1024):  # in blocks: a transposed whole would be a copy
-            out[first : first + 1024] = images[..., first : first + 1024].transpose(3, 2, 0, 1)
-        return labels % 10
+def _read(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, 3072] and labels int64 [n] of a batch."""
+    entry = load_arrays(raw)
+    data, listed = entry["data"], entry["labels"] if "labels" in entry else entry["fine_labels"]
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != PIXELS:
+        raise ValueError(f"its data are no images: uint8 [n, {PIXELS}]")
+    if not isinstance(listed, list) or {type(label) for label in listed} != {int} or len(listed) != len(data):
+        raise ValueError(f"it has no label for each of its {len(data)} images")
+    return data, np.array(listed, dtype=np.int64)

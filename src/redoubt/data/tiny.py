@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -23,6 +22,12 @@ FOLDER = "tiny-imagenet-200"
 ZIP = Remote(f"{FOLDER}.zip", "90528d7ca1a48142e341f4ef8d21d0de", f"http://cs231n.stanford.edu/{FOLDER}.zip")
 
 
+#: Bytes of an image's file; the published ones have a few thousand. Of the annotations' too.
+LARGEST = 1 << 20
+#: Bytes of the archive's directory; that of the published one's 120,000 entries has some ten million.
+DIRECTORY = 1 << 25
+
+
 class TinyZip(Official):
     """``tiny-imagenet-200.zip``, read without unpacking. Labels: places among the sorted training wnids."""
 
@@ -32,6 +37,7 @@ class TinyZip(Official):
     def decode(self, split: str, allocate: Allocate) -> np.ndarray:
         path = self.root / ZIP.name
         try:
+            check_directory(path)
             with zipfile.ZipFile(path) as archive:
                 names = [n for n in archive.namelist() if not n.endswith("/")]
                 train = sorted(n for n in names if n.startswith(f"{FOLDER}/train/") and "/images/" in n)
@@ -39,11 +45,17 @@ class TinyZip(Official):
                 if split == "train":
                     files = [(n, n.split("/")[2]) for n in train]
                 else:
-                    text = archive.read(f"{FOLDER}/val/val_annotations.txt").decode()
+                    text = _content(archive, f"{FOLDER}/val/val_annotations.txt").decode()
                     files = [(f"{FOLDER}/val/images/{n}", w) for n, w in read_annotations(text)]
+                if len({n for n, _ in files}) < len(files):
+                    raise ValueError("an image is twice in it")
+                if len(files) > self.most[split]:
+                    raise ValueError(f"it holds more than {self.most[split]} images")
                 labels = to_labels(files, wnids, self.num_classes, path)
-                self._fill(split, allocate, [n for n, _ in files], lambda n: io.BytesIO(archive.read(n)))
-        except (zipfile.BadZipFile, zlib.error, KeyError, IndexError, OSError, ValueError) as e:
+                self._fill(split, allocate, [n for n, _ in files], lambda n: io.BytesIO(_content(archive, n)))
+        except UserError:
+            raise
+        except Exception as e:  # zipfile, zlib and others raise a dozen kinds for a damaged file
             raise unreadable(path, e, ZIP.url) from e
         return labels
 
@@ -98,7 +110,10 @@ class TinyFolder(TinyZip):
                 f"{table}: not there; it holds the labels of the validation images; get {ZIP.name} from"
                 f" {ZIP.url}, or set data.source=folder if val/ has one folder for each class"
             )
-        labelled = read_annotations(table.read_text())
+        try:
+            labelled = read_annotations(table.read_text())
+        except ValueError as e:  # no text, too
+            raise unreadable(table, e, ZIP.url) from e
         files = [(str(val / "images" / name), wnid) for name, wnid in labelled]
         missing = next((path for path, _ in files if not os.path.isfile(path)), None)
         if missing:
@@ -106,9 +121,37 @@ class TinyFolder(TinyZip):
         return files
 
 
+def check_directory(path: Path) -> None:
+    """Refuses a zip whose directory alone would fill the memory, before `zipfile` reads it.
+
+    Raises:
+        BadZipFile: It is too long, or there is none.
+    """
+    with open(path, "rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # which knows zip64's ways
+    if not end or end[zipfile._ECD_SIZE] > DIRECTORY:  # type: ignore[attr-defined]
+        raise zipfile.BadZipFile("no zip file, or one of far too many entries")
+
+
+def _content(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A small file of a zip."""
+    told = archive.getinfo(name).file_size  # zipfile reads no more than that
+    if told > LARGEST:
+        raise ValueError(f"{name} has {told} bytes, which is far too many")
+    return archive.read(name)
+
+
 def read_annotations(text: str) -> list[tuple[str, str]]:
-    """(file, wnid) of each line of ``val_annotations.txt``; the bounding boxes are not used."""
-    return [(line.split("\t")[0], line.split("\t")[1]) for line in text.splitlines() if line.strip()]
+    """(file, wnid) of each line of ``val_annotations.txt``; the bounding boxes are not used.
+
+    Raises:
+        ValueError: A line is none of these, or names a file in another folder.
+    """
+    found = [line.split("\t") for line in text.splitlines() if line.strip()]
+    for words in found:
+        if len(words) < 2 or not words[0] or "/" in words[0]:
+            raise ValueError(f"val_annotations.txt has the line {words[0][:60]!r}")
+    return [(words[0], words[1]) for words in found]
 
 
 def to_labels(files: list[tuple[str, str]], wnids: list[str], num_classes: int, where: Path) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 from redoubt.attacks import Attack
 from redoubt.build import make
-from redoubt.errors import UserError
+from redoubt.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def suite(section: Mapping[str, Any]) -> Suite:
     on_source = set()
     groups: dict[str, list[str]] = {}
     for key, entry in listed.items():
+        if not isinstance(entry, Mapping):
+            raise UserError(f"attack.attacks.{key}={shown(entry)} must be a mapping, as {{_target_: ...}}")
         options = dict(entry)
         net = options.pop("net", "own")
         if net not in ("own", "source"):

@@ -66,7 +66,11 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             f"{len(own)}): choose the model, its options and the data (number of classes) of those weights"
         )
     for key, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() != own[key].is_floating_point():
+            raise UserError(
+                f"{origin}: {key} is {value.dtype}, the net wants {own[key].dtype}: save its state_dict anew"
+            )
+        if not value.to(own[key].dtype).isfinite().all():
             raise UserError(f"{origin}: {key} holds values that are not finite: take weights from before that")
     net.load_state_dict(state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file: give the path of a .pt, .pth, .ckpt or .safetensors file")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty: copy or download it again")
-    found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return _strip(_unwrap(found, path))
+    found = _unwrap(_read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path), path)
+    for key, value in found.items():
+        if value.is_meta or value.is_complex() or value.is_quantized or value.layout is not torch.strided:
+            raise UserError(
+                f"{path}: {key} is no dense tensor of real numbers: save model.state_dict() of the plain net"
+            )
+    return _strip(found)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -57,6 +63,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
+        _check_crc(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd pickles, which end in the errors below
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -67,6 +74,14 @@ def _read_torch(path: Path) -> Any:
                 "not read because it could run code: where it was made, save model.state_dict() alone"
             ) from error
         raise UserError(f"{path}: no torch file, or cut short ({_brief(error)}): copy it again") from error
+
+
+def _check_crc(path: Path) -> None:
+    """Raises where bits are not those that were written, at which `torch.load` does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as parts:
+            if (odd := parts.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{odd} is damaged")
 
 
 def _brief(error: Exception) -> str:

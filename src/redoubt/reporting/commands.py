@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_type_hints
 
 import yaml
 
+from redoubt.arguments import fitted
 from redoubt.errors import UserError, did_you_mean
 
 #: What -> (module, what it shows). The function has the name of the command; its keyword arguments are the keys.
@@ -43,26 +44,28 @@ def main(argv: Sequence[str]) -> int:
     if what not in COMMANDS:
         raise UserError(f"report {what}: no such report{did_you_mean(what, list(COMMANDS))}")
     command: Callable[..., int | None] = getattr(importlib.import_module(COMMANDS[what][0]), what)
-    keys = inspect.signature(command).parameters
+    keys, hints = inspect.signature(command).parameters, get_type_hints(command)
     if any(word in ("-h", "--help") for word in words):
         print(inspect.getdoc(command))
         for key, parameter in keys.items():
             default = parameter.default if parameter.default is not inspect.Parameter.empty else None
             print(f"  {'paths.outputs' if key == 'outputs' else key}={'' if default is None else default}")
         return 0
-    return command(**_given(what, words, list(keys))) or 0
+    return command(**_given(what, words, hints)) or 0
 
 
-def _given(what: str, words: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
+def _given(what: str, words: Sequence[str], keys: Mapping[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         key = "outputs" if key == "paths.outputs" else key
         if not equals or key not in keys:
-            known = ["paths.outputs" if k == "outputs" else k for k in keys]
+            known = ["paths.outputs" if k == "outputs" else k for k in keys if k != "return"]
             raise UserError(f"report {what}: {word!r} is no key=value of it{did_you_mean(key, known)}")
+        if not text:
+            raise UserError(f"report {what}: {word} has no value: give one, or leave it out")
         try:
-            given[key] = yaml.safe_load(text) if text else ""
+            given[key] = text if keys[key] in (str, str | None) and text != "null" else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"report {what}: {word!r} cannot be read: put the value in quotes") from error
-    return given
+    return fitted(getattr(importlib.import_module(COMMANDS[what][0]), what), given, f"report {what}")

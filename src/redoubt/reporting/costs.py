@@ -22,7 +22,7 @@ from redoubt.reporting.throughput import Throughput, measured
 from redoubt.runs.identity import plain
 from redoubt.runs.store import Store
 from redoubt.runs.twin import twin_config
-from redoubt.units import as_number, as_whole
+from redoubt.units import as_number, seeds_of
 
 #: Training images of the published splits.
 IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "tiny_imagenet": 100_000}
@@ -114,7 +114,7 @@ def plan(
     there = records(outputs) if Store(outputs).folder.is_dir() else []
     jobs: dict[str, Job] = {}
     for name in WITH_EXPERIMENTS if table is None else [table]:
-        _add_jobs(jobs, find(name), as_whole(seeds, "seeds"))
+        _add_jobs(jobs, find(name), seeds_of(seeds))
     if not jobs:
         raise none_of_ours(str(table))
     _find_runs(jobs, there)

@@ -14,7 +14,7 @@ from redoubt.reporting.reproduced import Made, sheets
 from redoubt.reporting.sheet import wide_console
 from redoubt.reproduce.request import Request, Task, request
 from redoubt.reproduce.steps import Job, Step, Tell, attempt, run_of, steps, too_long
-from redoubt.runs.files import write_text
+from redoubt.runs.files import must_be_writable, write_text
 from redoubt.runs.store import Run
 from redoubt.sweeps import Sweep
 
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str], job: Job, tell: Tell) -> int:
     cfg = config.resolve(config.compose([*tasks[0].training, *tasks[0].evaluations[0]]))  # a mistake is said at once
     if tasks[0].audit is not None:
         config.resolve(config.compose(tasks[0].audit, "audit"))
+    if asked.to:
+        must_be_writable(asked.to)
     outputs = Path(str(cfg.paths.outputs))
     sweep = Sweep(outputs / "sweeps" / f"reproduce_{asked.table.id}")
     command = f"python src/reproduce.py {shlex.join(arguments)}"

@@ -13,7 +13,7 @@ from redoubt.reporting.cells import WITH_EXPERIMENTS, Cell, known, none_of_ours
 from redoubt.reporting.match import composed
 from redoubt.reporting.published import Published, Row, find
 from redoubt.sweeps import judges
-from redoubt.units import as_number, as_whole
+from redoubt.units import as_number, seeds_of
 
 KEYS = ("table", "rows", "seeds", "max_minutes", "audit", "autoattack", "to")
 #: What the table says; of another choice it would be no reproduction.
@@ -125,7 +125,7 @@ def request(arguments: Sequence[str]) -> Request:
     return Request(
         table=table,
         rows=_rows(table, own.get("rows")),
-        seeds=as_whole(own.get("seeds", "1"), "seeds"),
+        seeds=seeds_of(own.get("seeds", "1")),
         minutes=None if minutes in (None, "null") else _minutes(str(minutes)),
         audit=_flag(own, "audit"),
         autoattack=_flag(own, "autoattack"),
@@ -158,9 +158,12 @@ def _minutes(text: str) -> float:
 
 
 def _flag(own: Mapping[str, str], key: str) -> bool:
-    value = yaml.safe_load(own.get(key, "true"))
+    try:
+        value = yaml.safe_load(own.get(key, "true"))
+    except yaml.YAMLError:
+        value = None
     if not isinstance(value, bool):
-        raise UserError(f"{key}={own[key]} is neither true nor false")
+        raise UserError(f"{key}={own[key]} must be true or false")
     return value
 
 
@@ -180,7 +183,7 @@ def _fitting(pattern: str, table: Published, names: Iterable[str]) -> list[str]:
     try:
         found = [name for name in names if pattern and re.search(pattern, name)]
     except re.error as error:
-        raise UserError(f"rows={pattern} is no regular expression: {error}") from error
+        raise UserError(f"rows={pattern} is no regular expression: {error}; write \\ before [, ( and *") from error
     if not found:
         raise UserError(f"rows={pattern}: no row of {table.id} is named so{did_you_mean(pattern, names)}")
     return found

@@ -28,7 +28,10 @@ def main(argv: list[str]) -> int:
         UserError: One line that says what was wrong.
     """
     arguments = _parser().parse_args([word.replace("paths.outputs=", "--outputs=", 1) for word in argv])
-    arguments.command(Store(Path(getattr(arguments, "outputs", "outputs"))), arguments)
+    outputs = getattr(arguments, "outputs", None)
+    if outputs is not None and not Path(outputs or "?").is_dir():
+        raise UserError(f"paths.outputs={outputs}: no such folder: name the one that holds runs/")
+    arguments.command(Store(Path(outputs or "outputs")), arguments)
     return 0
 
 

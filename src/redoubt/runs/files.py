@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -65,6 +67,23 @@ def atomic(path: Path | str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     with suppress(OSError):  # some file systems cannot sync a folder; the file itself is synced
         _sync(path.parent)
+
+
+def must_be_writable(path: Path | str) -> None:
+    """Refuses a file that could not be written, before the hours of work whose result it is for.
+
+    Raises:
+        UserError: Its folder cannot be written, or it is a folder itself.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise cannot_write(path, IsADirectoryError(errno.EISDIR, "Is a directory"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _write_error(error: OSError | RuntimeError, temporary: Path) -> BaseException | None:

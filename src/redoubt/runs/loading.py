@@ -141,7 +141,7 @@ def checkpoint_file(run: Run, which: str) -> Path:
     if not file.is_file():
         hint = "; train it first"
         if which == "best":
-            hint = "; best needs a validation split (data.val_fraction)"
+            hint = "; best needs a validation split (data.val_fraction): take last"
         elif run.finished:
             hint = f"; put it back, or remove the run (redoubt runs rm {run.name}) and train it again"
         raise UserError(f"{file} does not exist{hint}")

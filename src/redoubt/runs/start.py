@@ -70,7 +70,7 @@ def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
     file = Path(wanted).expanduser()
     if not file.is_file():
         if file.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
-            raise UserError("no such file")
+            raise UserError("no such file: give auto, none, a run or a file of weights")
         try:
             run = store.find(wanted)
         except UserError as error:

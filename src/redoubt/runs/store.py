@@ -271,9 +271,11 @@ class Store:
         path = Path(os.path.expanduser(text))
         if text and Run(path).exists():
             return Run(path.resolve())
-        if not text or os.sep in text.rstrip(os.sep):
-            raise UserError(f"run={text!r}: no folder of a run (it would hold config.yaml and status.json)")
-        text = text.rstrip(os.sep)
+        name = text.rstrip(os.sep)
+        if not name or os.sep in name:  # of "/" nothing would be left, with which every name begins
+            why = "no folder of a run (it would hold config.yaml and status.json)"
+            raise UserError(f"run={text!r}: {why}; `redoubt runs ls` lists what is there")
+        text = name
         runs = self.list()
         for matches in (  # in this order, so that `...-s1` means seed 1 although `...-s10` begins with it
             [run for run in runs if text in (run.name, run.hash, run.readable)],

@@ -57,6 +57,11 @@ class Schedule:
             raise UserError("schedule.milestones must be in rising order")
         if not 0.0 < peak < 1.0:
             raise UserError(f"schedule.peak={peak} must lie between 0 and 1")
+        if epochs is not None and epochs <= 0:
+            raise UserError(f"schedule.epochs={epochs} must be at least 1, or null for trainer.max_epochs")
+        for name, least in (("initial", initial), ("final", final), ("factors", min(factors, default=0.0))):
+            if least < 0:
+                raise UserError(f"schedule.{name}={least} must not be negative: the learning rate would be")
         if max_epochs < 1 or warmup < 0:
             raise UserError("trainer.max_epochs must be at least 1 and schedule.warmup at least 0")
         self.kind, self.interval, self.warmup = kind, interval, float(warmup)
