@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from redoubt.sweeps import Sweep
 
-# A broken connection is reported by us, in a line; torch's own warnings have a C++ stack each. Read when it is imported.
+# A broken connection is reported by us, in a line. Torch's own warnings have a C++ stack each; it reads this when it is
+# imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 #: Seconds that workers have to save their place.

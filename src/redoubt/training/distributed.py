@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -262,14 +261,3 @@ def _at(store: Any, key: str) -> tuple[int, int] | None:
         return None
     step, asked = store.get(key).split()
     return int(step), int(asked)
-
-
-def digest(tensors: Sequence[Tensor]) -> str:
-    """Stands for the very bits of some tensors."""
-    import hashlib
-
-    found = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy())
-    return found.hexdigest()

@@ -52,6 +52,11 @@ class Requests:
         """Whether SIGTERM comes here."""
         return signal.SIGTERM in self._before
 
+    @property
+    def pending(self) -> int | None:
+        """``asked``, while the work looks at it."""
+        return self.asked if self.deferring else None
+
     @contextmanager
     def heard(self, *numbers: int) -> Iterator[None]:
         """Inside, these signals end this process by `Stopped`."""
@@ -115,5 +120,5 @@ def requeue_signal() -> int | None:
 
 
 def requeue() -> None:
-    """Queues this Slurm job again, as Lightning's plugin does; its handler saves wherever a rank is, within a step too."""
+    """Queues this Slurm job again, as Lightning's plugin does, whose handler would save in the middle of a step."""
     subprocess.run(["scontrol", "requeue", slurm_job()], check=False)

@@ -59,13 +59,13 @@ class Beat(NamedTuple):
     """What a rank says of itself twice a second.
 
     Args:
-        count: Of beats.
+        number: Of the beat.
         entered: How many collectives of training steps it has begun.
         begun: The training step that it has begun last.
         state: ``step``; ``busy`` with anything else; ``left``.
     """
 
-    count: int
+    number: int
     entered: int
     begun: int
     state: str
@@ -84,7 +84,7 @@ class Vigil:
     def __init__(self, store: Any, rank: int, places: Sequence[str], elsewhere: bool) -> None:
         self.store, self.rank, self.places = store, rank, places
         self.keeper = -1 if elsewhere else 0
-        self.entered, self.begun, self.state, self.compiling = 0, 0, "busy", 0
+        self.entered, self.begun, self.state, self.compiling = 0, 0, "busy", False
         self.longest, self._since = 0.0, 0.0
         self.verdict: Verdict | None = None
         self.last_words: Callable[[str], None] | None = None
@@ -192,8 +192,8 @@ class Vigil:
     # ---- the threads ---------------------------------------------------------------------------------------------
 
     def _tell(self, line: Any) -> None:
-        count = self.beats[self.rank].count + 1
-        own = Beat(count, self.entered, self.begun, "busy" if self.compiling and self.state == "step" else self.state)
+        number = self.beats[self.rank].number + 1
+        own = Beat(number, self.entered, self.begun, "busy" if self.compiling and self.state == "step" else self.state)
         self.beats[self.rank] = own
         line.set(f"{BEATS}/{self.rank}", json.dumps(own))
 
@@ -204,8 +204,8 @@ class Vigil:
             try:
                 self._tell(self._line)
                 self.beats = [Beat(*json.loads(beat)) for beat in self._line.multi_get(keys)]
-                if requests.deferring and requests.asked is not None:
-                    self._line.compare_set(ASKED, "", str(requests.asked))
+                if requests.pending is not None:
+                    self._line.compare_set(ASKED, "", str(requests.pending))
                 elif self._line.check([ASKED]):
                     requests.hear(int(self._line.get(ASKED)))
                 if self._suspect is not None:
@@ -265,7 +265,7 @@ class Vigil:
             self._gone[r] = self._gone[r] + 1 if state == "gone" else 0
             if self._gone[r] > 2:  # its last beat, that it leaves, is read by now
                 return Verdict("gone", r, f"rank {r} is gone: it was killed or it crashed; {AGAIN}")
-            self._unheard[r] = 0.0 if beat.count != old.count else self._unheard[r] + ROUND
+            self._unheard[r] = 0.0 if beat.number != old.number else self._unheard[r] + ROUND
             if self._unheard[r] >= SILENT * (10 if state == "running" else 1):
                 return self._silent(r)
             waits = beat.state == "step" and beat.entered < ahead and beat[1:] == old[1:]
@@ -288,7 +288,8 @@ class Vigil:
             return None
         if kind == "silent":
             return self._silent(0)
-        return Verdict("gone", 0, f"rank 0 is gone: it was killed or it crashed, or its machine is off; {AGAIN}")
+        off = "" if processes.state(self.places[0]) == "gone" else ", or its machine is off"
+        return Verdict("gone", 0, f"rank 0 is gone: it was killed or it crashed{off}; {AGAIN}")
 
     def _exit(self, verdict: Verdict) -> None:
         """Ends this process, whose main thread is inside of a library."""
