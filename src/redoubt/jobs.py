@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -55,8 +56,12 @@ def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
         with requests.heard(*([number] if number else [])), _connected(cfg), together(facts(command, cfg)):
             return {"train": train, "eval": evaluate_only, "audit": audit}[command](cfg, overrides)
     except Stopped as stopped:  # what is to be kept is kept
-        if number and stopped.code == 128 + number and launched.first():
-            requeue()
+        asked = int(stopped.code or 0) - 128
+        if launched.first() and asked > 0:
+            name = signal.Signals(asked).name
+            print(f"redoubt: stopped by {name}; the same command goes on from what was saved", file=sys.stderr)
+            if asked == number:
+                requeue()
         raise
 
 
@@ -66,6 +71,13 @@ def _connected(cfg: DictConfig) -> Iterator[None]:
     if processes(cfg) == 1 and int(cfg.trainer.num_nodes) == 1 and not launched.started_by_launcher():
         yield
         return
+    wanted = devices(cfg) * int(cfg.trainer.num_nodes)
+    started = int(os.environ.get("WORLD_SIZE") or launched.slurm_tasks() or wanted)
+    if started != wanted:
+        raise UserError(
+            f"trainer.devices={devices(cfg)} on trainer.num_nodes={cfg.trainer.num_nodes} are {wanted} processes, but "
+            f"{started} were started: set these keys as torchrun's or srun's"
+        )
     threads = torch.get_num_threads()
     if accelerator(cfg) == "cpu":  # the processes share this machine's cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices(cfg)))

@@ -98,7 +98,9 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def launched(folder: Path, *argv: str, world: int = 2, more: dict[int, tuple[str, ...]] | None = None, **env: str) -> list[Command]:
+def launched(
+    folder: Path, *argv: str, world: int = 2, more: dict[int, tuple[str, ...]] | None = None, **env: str
+) -> list[Command]:
     """The processes of a command as torchrun starts them, but with nobody to look after them; forks: they need no import.
 
     Args:
@@ -106,6 +108,14 @@ def launched(folder: Path, *argv: str, world: int = 2, more: dict[int, tuple[str
     """
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world), "NODE_RANK": "0", **env}
     return [
-        start(folder, *argv, *(more or {}).get(r, ()), name=f"rank{r}-{time.monotonic_ns()}", **common, LOCAL_RANK=str(r), RANK=str(r))
+        start(
+            folder,
+            *argv,
+            *(more or {}).get(r, ()),
+            name=f"rank{r}-{time.monotonic_ns()}",
+            **common,
+            LOCAL_RANK=str(r),
+            RANK=str(r),
+        )
         for r in range(world)
     ]

@@ -39,7 +39,7 @@ SILENT, WAITING, STEPS = 15.0, 15.0, 5
 GRACE, KILL, END = 3.0, 5.0, 10.0
 
 VERDICT, ASKED, BEATS = "redoubt/verdict", "redoubt/asked", "redoubt/beat"
-AGAIN = "the same command goes on from the last checkpoint"
+AGAIN = "the same command goes on from what was saved"
 
 
 class Lost(UserError):
