@@ -175,6 +175,8 @@ class Vigil:
         self.state = "left"
         self._over.set()
         requests.interruption = None
+        if self.verdict is not None and self.verdict.kind == "silent" and self.verdict.rank >= 0:
+            processes.kill(self.places[self.verdict.rank])  # it could not even hear of it
         with suppress(RuntimeError):
             self._tell(self.store)
             until = time.monotonic() + END
