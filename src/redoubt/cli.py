@@ -194,7 +194,7 @@ def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     """One job in as many processes as it asks for."""
     _log()
     from redoubt import jobs
-    from redoubt.training.distributed import companions
+    from redoubt.training.companions import companions
 
     config.complete(cfg, command)
     if command == "export":
@@ -221,6 +221,7 @@ def _child(file: str) -> int:
     """A further process of a job, started by `companions` with the job's own config."""
     from omegaconf import OmegaConf
 
+    launched.end_with_parent()
     job = OmegaConf.load(file)
     config.search_path[:] = list(job.config_dirs)
     _own_packages(os.getcwd())

@@ -6,9 +6,11 @@ import functools
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from redoubt import config
+import redoubt
+from redoubt import config, launched
 from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
@@ -26,17 +29,17 @@ from redoubt.evaluation.record import Source, evaluate
 from redoubt.evaluation.rescore import objections, rescore
 from redoubt.evaluation.suite import suite
 from redoubt.export import export
-from redoubt.launched import started_by_launcher
 from redoubt.nets import load_backbone
 from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
 from redoubt.runs.files import read_json
-from redoubt.runs.identity import canonical, plain
+from redoubt.runs.identity import canonical, deciding, digest, plain
 from redoubt.runs.loading import load, weights_hash
 from redoubt.runs.store import Run, Store
 from redoubt.secrets import HIDDEN
 from redoubt.sweeps import judges
-from redoubt.training.distributed import leave, ranks
+from redoubt.training.distributed import leave, ranks, together
+from redoubt.training.stopping import Stopped, requests, requeue, requeue_signal
 from redoubt.training.trainer import accelerator, devices, make_trainer
 
 console = Console()
@@ -50,21 +53,59 @@ def processes(cfg: DictConfig) -> int:
 def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     """One job of a resolved config, in this process of it."""
     torch.set_float32_matmul_precision("highest")
+    number = requeue_signal()
     try:
-        _connect(cfg)
-        return {"train": train, "eval": evaluate_only, "audit": audit}[command](cfg, overrides)
-    finally:
-        leave()
+        with requests.heard(*([number] if number else [])), _connected(cfg), together(facts(command, cfg)):
+            return {"train": train, "eval": evaluate_only, "audit": audit}[command](cfg, overrides)
+    except Stopped as stopped:  # what is to be kept is kept
+        asked = int(stopped.code or 0) - 128
+        if launched.first() and asked > 0:
+            name = signal.Signals(asked).name
+            print(f"redoubt: stopped by {name}; the same command goes on from what was saved", file=sys.stderr)
+            if asked == number:
+                requeue()
+        raise
 
 
-def _connect(cfg: DictConfig) -> None:
-    """Joins the process group, before anything is decided that all processes must decide alike."""
-    if processes(cfg) == 1 and int(cfg.trainer.num_nodes) == 1 and not started_by_launcher():
+@contextmanager
+def _connected(cfg: DictConfig) -> Iterator[None]:
+    """Inside, this process is of its group, before anything is decided that all processes must decide alike."""
+    if processes(cfg) == 1 and int(cfg.trainer.num_nodes) == 1 and not launched.started_by_launcher():
+        yield
         return
+    wanted = devices(cfg) * int(cfg.trainer.num_nodes)
+    started = int(os.environ.get("WORLD_SIZE") or launched.slurm_tasks() or wanted)
+    if started != wanted:
+        raise UserError(
+            f"trainer.devices={devices(cfg)} on trainer.num_nodes={cfg.trainer.num_nodes} are {wanted} processes, but "
+            f"{started} were started: set these keys as torchrun's or srun's"
+        )
+    threads = torch.get_num_threads()
     if accelerator(cfg) == "cpu":  # the processes share this machine's cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices(cfg)))
-    strategy: Any = make_trainer(cfg, Path(), []).strategy
-    strategy.setup_environment()
+    try:
+        strategy: Any = make_trainer(cfg, Path(), []).strategy
+        strategy.setup_environment()
+        yield
+    finally:
+        leave()
+        torch.set_num_threads(threads)
+
+
+#: What one process may have otherwise than another: where its files are, and what only the first one does.
+OWN = ("callbacks", "compile_cache", "data.root", "hydra", "logger", "paths", "trainer.progress")
+
+
+def facts(command: str, cfg: DictConfig) -> dict[str, str]:
+    """What must be the same in every process of a job: a hash of each value of its config, and the code."""
+    found = {"command": command, "redoubt": f"{redoubt.__version__} {redoubt.NUMERICS}", "torch": torch.__version__}
+    values = dict(_leaves(deciding(plain(cfg), excluded=OWN)))
+    return found | {key: digest({"value": value}) for key, value in values.items()}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:

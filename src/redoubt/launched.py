@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from redoubt.sweeps import Sweep
+
+# A broken connection is reported by us, in a line. Torch's own warnings have a C++ stack each; it reads this when it is
+# imported.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 #: Seconds that workers have to save their place.
 GRACE = 60.0
@@ -22,6 +27,13 @@ def slurm_tasks() -> int:
     if "SLURM_PROCID" not in os.environ:
         return 0
     return int(os.environ.get("SLURM_NTASKS", 0))
+
+
+def slurm_job() -> str:
+    """The Slurm job that this process is in, as ``scontrol`` names it."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def started_by_launcher() -> bool:
@@ -41,6 +53,18 @@ def first() -> bool:
     """Whether this process is the first of those."""
     rank = os.environ.get("RANK") or (os.environ["SLURM_PROCID"] if slurm_tasks() > 1 else 0)
     return int(rank) == 0
+
+
+def end_with_parent() -> None:
+    """Ends this process within a second of the one that started it: a kill of that one reaches none of its children."""
+    parent = os.getppid()
+
+    def see() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(128 + signal.SIGKILL)
+
+    threading.Thread(target=see, daemon=True).start()
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from redoubt.training.distributed import all_reduce, ranks
 
 Losses = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
 Gradient = list[Tensor | None]
@@ -91,17 +92,12 @@ def add(total: list[Gradient] | None, new: list[Gradient]) -> list[Gradient]:
     return total
 
 
-def rank() -> int:
-    """This process among those that train together."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def sum_over_ranks(tensors: Sequence[Tensor]) -> int:
     """Sums tensors of one type over all ranks in place, by one flat all-reduce; returns the number of ranks."""
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    world = ranks()[1]
     if world > 1 and tensors:
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
+        all_reduce(flat)
         pieces = flat.split([t.numel() for t in tensors])
         torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])
     return world

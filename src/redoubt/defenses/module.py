@@ -26,6 +26,7 @@ from redoubt.rng import generator
 from redoubt.training.compiling import compiled
 from redoubt.training.ema import EMA
 from redoubt.training.schedule import Schedule
+from redoubt.training.stopping import requests
 
 
 class RobustModule(LightningModule):
@@ -469,7 +470,7 @@ class RobustModule(LightningModule):
         self._validation = Tally()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        if not len(batch.x):
+        if not len(batch.x) or requests.pending is not None:  # asked to stop: it is left out, and done anew
             return
         x = batch.x.contiguous(memory_format=self.format)
         with self.evaluated_weights(), attack_mode(self.net):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redoubt.defenses.gradients import rank, sum_over_ranks
+from redoubt.defenses.gradients import sum_over_ranks
 from redoubt.errors import UserError
+from redoubt.training.distributed import ranks
 
 LOOK_EVERY = 10
 
@@ -44,7 +45,7 @@ class Tally:
 
     def go_on_from(self, sums: dict[str, Tensor]) -> None:
         """Takes what `over_ranks` gave, on the first rank; the others begin at nought."""
-        self.sums = dict(sums) if rank() == 0 else {name: torch.zeros_like(pair) for name, pair in sums.items()}
+        self.sums = dict(sums) if ranks()[0] == 0 else {name: torch.zeros_like(pair) for name, pair in sums.items()}
 
 
 class NotFinite(UserError):

@@ -20,7 +20,7 @@ from redoubt.evaluation.suite import Suite, suite
 from redoubt.evaluation.verdicts import Judge, accuracies, nrr
 from redoubt.runs.files import read_json, write_bytes, write_json
 from redoubt.runs.identity import digest
-from redoubt.training.distributed import ranks
+from redoubt.training.distributed import broadcast, ranks, same
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,11 @@ def evaluate(
     on = source() if chosen.on_source and source is not None else None
     identities = [facts["checkpoint"], facts["weights"], weights_id, *([on.identity] if on else [])]
     name = evaluation_name(tree, data, identities)
+    same({"test set": data.fingerprint("test"), "weights": weights_id, "evaluation": name})
     save = options.get("save")
-    if folder is not None and not save and (folder / name / "verdicts.npz").is_file():
-        stored = read_json(folder / name / "results.json")
+    if folder is not None and not save:
+        stored = read_json(folder / name / "results.json") if (folder / name / "verdicts.npz").is_file() else None
+        stored = broadcast(stored)  # what ranks on other machines see may be older
         if stored is not None:  # an audit may have come since
             return {**stored, **audits.marks(folder, stored, attack)}
     if on is not None:

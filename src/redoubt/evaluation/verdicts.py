@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from redoubt import deadline
@@ -25,7 +24,7 @@ from redoubt.errors import UserError
 from redoubt.evaluation.kept import SHOWN, Kept, Outcome
 from redoubt.evaluation.suite import Suite
 from redoubt.nets import attack_mode
-from redoubt.training.distributed import ranks
+from redoubt.training.distributed import gather_objects, ranks
 from redoubt.training.progress import Counter
 
 Verdicts = dict[str, np.ndarray]
@@ -138,10 +137,7 @@ class Judge:
                     self.attack(x, y, i, found, counter)
                 mine[i] = found
                 counter.advance({k: v.right for k, v in found.items()})
-        everyone: list[Any] = [mine]
-        if world > 1:
-            everyone = [None] * world
-            dist.all_gather_object(everyone, mine)
+        everyone = gather_objects(mine)
         chunks = {i: outcomes for part in everyone for i, outcomes in part.items()}
         self.seconds = sum(o.seconds for outcomes in chunks.values() for o in outcomes.values())
         self.outside = {n: sum(chunks[i][n].outside for i in chunks) for n in self.names}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig
 
 from redoubt import deadline
@@ -30,7 +29,7 @@ from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name, reason
 from redoubt.secrets import redacted
 from redoubt.sweeps import Pruned, Taken
-from redoubt.training.distributed import ranks
+from redoubt.training.distributed import broadcast, meet, ranks, same
 from redoubt.training.loggers import opened
 from redoubt.training.progress import ProgressBar
 from redoubt.training.pruning import pruning
@@ -43,9 +42,7 @@ log = logging.getLogger("redoubt")
 def identify(cfg: DictConfig, data: ImageData, start: Start | None = None) -> str:
     """The identity of a resolved config that begins from ``start``; every process must find the same."""
     digest = identity(cfg, data.fingerprint("train"), start.identity if start else None)
-    found = broadcast(digest)
-    if found != digest:
-        raise UserError(f"rank {ranks()[0]} would train run {digest}, rank 0 trains {found}: their configs differ")
+    same({"training set": data.fingerprint("train"), "start": start.identity if start else "", "run": digest})
     return digest
 
 
@@ -73,7 +70,7 @@ def train(cfg: DictConfig, data: ImageData, wait: bool | None = None) -> Run:
         begin(module, start, cfg, data)
     if rank == 0:
         store.open(cfg.axes, cfg.seed, digest, plain(cfg), devices=[device_name(cfg)])
-    barrier()
+    meet()
     with _turn(run, wait) if rank == 0 else nullcontext():
         if broadcast(run.status["state"] == "done" if rank == 0 else None):
             note(f"run {run.name} is finished: answered from {run.folder}")
@@ -89,7 +86,7 @@ def train(cfg: DictConfig, data: ImageData, wait: bool | None = None) -> Run:
                     strip(file)
                 for file in (run.previous, checksum_file(run.previous)):
                     file.unlink(missing_ok=True)
-        barrier()
+        meet()
     return run
 
 
@@ -303,21 +300,6 @@ def failures_noted(run: Run | None) -> Iterator[None]:
             except UserError:
                 log.warning("run %s: its failure could not be noted", run.name)
         raise
-
-
-def broadcast(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    if ranks()[1] == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def barrier() -> None:
-    """Waits for every rank."""
-    if ranks()[1] > 1:
-        dist.barrier()
 
 
 def note(line: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from redoubt.errors import UserError
+from redoubt.training.distributed import watch
 
 #: Of ``compile=``: torch.compile's modes. Those after the first capture CUDA graphs, which a CPU ignores.
 MODES = ("default", "reduce-overhead", "max-autotune")
@@ -46,6 +47,7 @@ def compiled(function: Callable[..., Any], mode: bool | str = True) -> Callable[
     from torch.compiler import config as compiler
 
     backward.donated_buffer, compiler.cache_key_tag = False, "redoubt"
+    _tell_the_watch()
     fast = torch.compile(function, mode=str(mode))
 
     @functools.wraps(function)
@@ -59,6 +61,19 @@ def compiled(function: Callable[..., Any], mode: bool | str = True) -> Callable[
         return tree_map_only(Tensor, torch.clone, fast(x, *rest))
 
     return call
+
+
+@functools.cache
+def _tell_the_watch() -> None:
+    """A rank that compiles is not taken for one that hangs."""
+    from torch._dynamo.callback import callback_handler
+
+    def told(compiling: bool) -> None:
+        for vigil in watch:
+            vigil.compiling = compiling
+
+    callback_handler.register_start_callback(lambda _: told(True))
+    callback_handler.register_end_callback(lambda _: told(False))
 
 
 def folder() -> Path:

@@ -1,37 +1,39 @@
-"""Processes that train together: how they are started, and a strategy that does not wrap the module."""
+"""Processes that train together: a strategy that does not wrap the module, and what they tell each other."""
 
 from __future__ import annotations
 
+import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from omegaconf import OmegaConf
+from torch import Tensor
 
 from redoubt.errors import UserError
-from redoubt.launched import started_by_launcher
+from redoubt.training import processes
+from redoubt.training.stopping import STOPPING, Stopped, requests
+from redoubt.training.vigil import Lost, Vigil
 
-#: Exit codes of a process that was asked to stop and saved its place.
-ASKED_TO_STOP = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+#: This rank's watch over the others, while there are others.
+watch: list[Vigil] = []
 
 
 class PlainDDP(DDPStrategy):
-    """Lightning's launcher and process group, with the module left as it is.
+    """Lightning's process group, with the module left as it is.
 
     The module averages its own gradients (`redoubt.defenses.gradients`); under a wrapping
     DistributedDataParallel, gradients taken by ``torch.autograd.grad`` are never averaged.
     """
+
+    def setup(self, trainer: Trainer) -> None:
+        # Lightning asks in every step, by a broadcast that it waits for, whether rank 0 was told to stop.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        super().setup(trainer)
 
     def configure_ddp(self) -> None:
         """Weights of rank 0 to all; they are equal already where every rank drew them from the same seed."""
@@ -42,6 +44,9 @@ class PlainDDP(DDPStrategy):
     def _register_ddp_hooks(self) -> None:  # there is no wrapper to register them on
         return None
 
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        meet()
+
 
 def ranks() -> tuple[int, int]:
     """(rank, world size) of this process."""
@@ -50,109 +55,209 @@ def ranks() -> tuple[int, int]:
     return 0, 1
 
 
-class Agreement:
-    """Ranks that stop after the same step, agreed through the process group's store: no collective, no wait.
-
-    Ranks move in step, for each gradient is summed over all of them; so none is more than one step ahead, and a
-    step two ahead of whoever asks first is still to come for everybody.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.announced = False
-
-    def stops(self, step: int) -> bool:
-        """Whether to stop now, after ``step``."""
-        if ranks()[1] == 1:
-            return self.asked
-        store = dist.distributed_c10d._get_default_store()
-        if self.asked and not self.announced:
-            store.compare_set("redoubt/stop", "", str(step + 2))
-            self.announced = True
-        if not store.check(["redoubt/stop"]):
-            return False
-        return step >= int(store.get("redoubt/stop"))
+# ---- together -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def companions(job: dict[str, Any], world: int) -> Iterator[None]:
-    """Starts this machine's other processes and sees that none outlives this one.
+def together(facts: Mapping[str, str]) -> Iterator[None]:
+    """Inside, ranks see each other fail, stop and hang (`redoubt.training.vigil`), and none outlives the others.
 
-    Lightning's launcher would re-run the command line, in a multirun the whole sweep; each child here is given
-    the very config of this process, as a file. Does nothing where a launcher (torchrun, Slurm) started us.
+    The process group is there already, and is destroyed at the end: without that two processes on a CPU were seen to
+    abort at exit. With a single process nothing happens.
 
     Args:
-        job: Resolved; what `redoubt.cli` needs to do the same: command, config, overrides, config_dirs.
-        world: Processes in all.
+        facts: What must be the same on every rank, by name.
 
     Raises:
-        UserError: A child ended with an error.
+        UserError: They differ, or another rank failed.
+        Stopped: Another rank was told to stop.
     """
-    if world < 2 or started_by_launcher():
-        yield
-        return
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "NODE_RANK": "0",
-    }
-    with tempfile.TemporaryDirectory(prefix="redoubt-") as folder:
-        file = Path(folder) / "job.yaml"
-        OmegaConf.save(OmegaConf.create(job), file)
-        children = [
-            subprocess.Popen(
-                [sys.executable, "-m", "redoubt.cli", "--child", str(file)],
-                env={**os.environ, **common, "LOCAL_RANK": str(rank), "RANK": str(rank)},
-            )
-            for rank in range(1, world)
-        ]
-        mine = {**common, "LOCAL_RANK": "0", "RANK": "0"}
-        threading.Thread(target=_end_with, args=(children,), daemon=True).start()
-        before = {name: os.environ.get(name) for name in mine}
-        os.environ.update(mine)
-        try:
+    try:
+        if ranks()[1] == 1:
             yield
-            _failed(children, wait=60.0)
-        except Exception:
-            _failed(children, wait=5.0)  # the cause, rather than the broken connection that we saw of it
-            raise
-        finally:
-            for child in children:
-                if child.poll() is None:
-                    child.kill()
-            for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+            return
+        with requests.heard(*STOPPING):
+            _begin_watch()
+            try:
+                same(facts)
+                yield
+                meet()
+            except BaseException as error:
+                cause = _told(error)
+                if cause is not error:
+                    raise cause from error
+                raise
+    finally:
+        leave()
 
 
-def _failed(children: list[subprocess.Popen[bytes]], wait: float) -> None:
-    """Raises for the first child that failed, of those that end within ``wait`` seconds."""
-    until = time.monotonic() + wait
-    while any(child.poll() is None for child in children) and time.monotonic() < until:
-        time.sleep(0.05)
-    for rank, child in enumerate(children, 1):
-        if child.poll() not in (None, 0, *ASKED_TO_STOP):
-            raise UserError(f"rank {rank} ended with exit code {child.returncode}: see its message above")
+def _begin_watch() -> None:
+    _rounds[:] = [0, 0]
+    elsewhere = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    vigil = Vigil(_store(), ranks()[0], gather(processes.place()), elsewhere)
+    meet()
+    watch[:] = [vigil]
+    vigil.start()
 
 
-def _end_with(children: list[subprocess.Popen[bytes]]) -> None:
-    """Ends this process some seconds after a child failed: else it would wait for it in a collective for minutes."""
-    while any(child.poll() is None for child in children):
-        time.sleep(0.2)
-        try:
-            _failed(children, wait=0.0)
-        except UserError as error:
-            time.sleep(5.0)  # where the connection broke, this process is reporting by itself
-            print(f"redoubt: {error}", file=sys.stderr, flush=True)
-            for other in children:
-                other.kill()
-            os._exit(2)
+def _told(error: BaseException) -> BaseException:
+    """Tells the others why this rank ends; the cause where it is theirs."""
+    (vigil,) = watch
+    if isinstance(error, Lost) or (isinstance(error, Stopped) and error.agreed):
+        vigil.ending = True
+        return error
+    if _of_connection(error) and (cause := vigil.cause(error)) is not error:
+        return cause
+    vigil.report(error)
+    return error
+
+
+def _of_connection(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def leave() -> None:
-    """Ends the process group: without it two processes on a CPU were seen to abort at exit."""
+    """Ends the process group, and the watch over it."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    for vigil in watch:
+        vigil.leave()
+    watch.clear()
+
+
+def same(facts: Mapping[str, str]) -> None:
+    """Refuses, on every rank, what differs between ranks.
+
+    Args:
+        facts: By name; kept short, they go through the store.
+
+    Raises:
+        UserError: The line names the ranks and what differs there.
+    """
+    told = [json.loads(text) for text in gather(json.dumps(dict(facts)))]
+    found = []
+    for rank, other in enumerate(told):
+        differing = [name for name in {**told[0], **other} if other.get(name) != told[0].get(name)]
+        if differing:
+            found.append(f"rank {rank} has another {', '.join(differing[:8])}{', ...' * (len(differing) > 8)}")
+    if found:
+        raise UserError(f"{'; '.join(found)} than rank 0: start every rank by the same command, with the same code")
+
+
+# ---- what ranks tell each other, outside of steps --------------------------------------------------------------------
+
+#: Of this process group: how often the ranks met, and told each other something.
+_rounds = [0, 0]
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def meet() -> None:
+    """Waits for every rank, through the store: unlike in a collective, signals are heard and lost ranks are noticed."""
+    rank, world = ranks()
+    if world == 1:
+        return
+    _rounds[0] += 1
+    store, key, pause = _store(), f"redoubt/meet/{_rounds[0]}", 0.001
+    with _broken():
+        here = store.add(key, 1)
+        while here < world:
+            for vigil in watch:
+                vigil.check()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+            here = store.add(key, 0)
+        if rank == 0:
+            store.delete_key(f"redoubt/meet/{_rounds[0] - 1}")  # all have left that one
+
+
+def gather(text: str) -> list[str]:
+    """A short text of every rank, on every rank."""
+    rank, world = ranks()
+    if world == 1:
+        return [text]
+    _rounds[1] += 1
+    store, key = _store(), f"redoubt/told/{_rounds[1]}"
+    with _broken():
+        store.set(f"{key}/{rank}", text)
+        meet()
+        found = [told.decode() for told in store.multi_get([f"{key}/{r}" for r in range(world)])]
+        store.delete_key(f"redoubt/told/{_rounds[1] - 1}/{rank}")
+    return found
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, of what JSON can say, on every rank."""
+    return json.loads(gather(json.dumps(value) if ranks()[0] == 0 else "null")[0])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    world = ranks()[1]
+    if world == 1:
+        return [value]
+    meet()
+    found: list[Any] = [None] * world
+    with _broken():
+        dist.all_gather_object(found, value)
+    return found
+
+
+# ---- within steps --------------------------------------------------------------------------------------------------
+
+
+def all_reduce(tensor: Tensor) -> None:
+    """Sums a tensor over the ranks, in place."""
+    for vigil in watch:
+        vigil.entered += 1
+    with _broken():
+        dist.all_reduce(tensor)
+
+
+@contextmanager
+def _broken() -> Iterator[None]:
+    """A connection that broke: the error of whoever broke it is raised."""
+    try:
+        yield
+    except RuntimeError as error:
+        if watch and _of_connection(error) and (cause := watch[0].cause(error)) is not error:
+            raise cause from error
+        raise
+
+
+def stop_here(step: int, asked: int | None) -> int | None:
+    """The signal, where every rank stops after ``step``; None where this rank goes on.
+
+    Hosts are not in step with each other: on a GPU one may be many steps ahead in what it has launched. So a rank that
+    was asked waits at the end of its step until it knows of every rank that it waits at the end of the same one; where
+    one is further, or within a further step (and may wait for this one there), it goes on to that one's end. A rank
+    has heard of the request within two rounds of the watch; nothing is asked of the store before.
+
+    Args:
+        step: The step that is done, not the epoch's last.
+        asked: The signal that this rank was asked by, or has heard of.
+    """
+    rank, world = ranks()
+    if world == 1 or asked is None:
+        return asked
+    (vigil,) = watch
+    store, keys = _store(), [f"redoubt/at/{r}" for r in range(world)]
+    with _broken():
+        store.set(keys[rank], f"{step} {asked}")
+        while True:
+            waiting = [_at(store, key) for key in keys]
+            if any(beat.begun > step for beat in vigil.beats) or any(at and at[0] > step for at in waiting):
+                return None
+            if all(at is not None and at[0] == step for at in waiting):
+                return max(at[1] for at in waiting if at is not None)
+            vigil.check()
+            time.sleep(0.01)
+
+
+def _at(store: Any, key: str) -> tuple[int, int] | None:
+    if not store.check([key]):
+        return None
+    step, asked = store.get(key).split()
+    return int(step), int(asked)

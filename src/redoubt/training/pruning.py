@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
@@ -12,7 +11,7 @@ from omegaconf import DictConfig
 from redoubt.runs.store import Run
 from redoubt.search import Search
 from redoubt.sweeps import Pruned
-from redoubt.training.distributed import ranks
+from redoubt.training.distributed import broadcast, ranks
 
 
 def pruning(cfg: DictConfig, run: Run | None) -> list[Checkpoint]:
@@ -49,11 +48,9 @@ class Pruning(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every rank comes here, and all of them stop or none."""
         last = trainer.current_epoch + 1 == trainer.max_epochs
-        verdict = [None if last else self._verdict()]
-        if ranks()[1] > 1:
-            dist.broadcast_object_list(verdict, src=0)
-        if verdict[0] is not None:
-            raise Pruned(verdict[0])
+        verdict = broadcast(None if last else self._verdict())
+        if verdict is not None:
+            raise Pruned(verdict)
 
     def _verdict(self) -> str | None:
         if self.trial is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import signal
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from redoubt import deadline
 from redoubt.runs.files import write_text
 from redoubt.runs.store import Run
-from redoubt.training.distributed import Agreement, ranks
-
-
-class Stopped(SystemExit):
-    """The run was asked to stop; it saved its place first. The exit code is the signal's."""
+from redoubt.training.alike import check_weights
+from redoubt.training.distributed import gather, ranks, stop_here, watch
+from redoubt.training.stopping import Stopped, requests
 
 
 class Recorder(Checkpoint):
@@ -48,11 +46,8 @@ class Recorder(Checkpoint):
         self.run, self.every, self.best, self.facts = run, every, best, facts or {}
         self.rows: list[dict[str, Any]] = []  # of metrics.csv, up to the last epoch that was finished
         self.best_score: list[float] | None = None
-        self.stop: int | None = None  # the signal that asks for it
-        self.agreement = Agreement()
-        self.stopping = False
-        self._handlers: dict[int, Any] = {}
-        self._epoch_began, self._images = time.monotonic(), 0
+        self._deferred = ExitStack()
+        self._epoch_began, self._images, self._spent = time.monotonic(), 0, 0.0
         self._trained: float | None = None  # when this epoch's steps ended
         self.seconds = 0.0  # of training, over all starts of the run
         self._since = time.monotonic()
@@ -60,59 +55,85 @@ class Recorder(Checkpoint):
     # ---- signals ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self.run is None:
+            return
+        self._deferred.enter_context(requests.deferred())
+        for vigil in watch if ranks()[0] == 0 else ():
+            vigil.last_words = self._failed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: Lightning has installed a handler of its own by now, which would stop inside a validation.
         self._since = time.monotonic()
-        if self.run is not None and threading.current_thread() is threading.main_thread():
-            for number in self._handlers:
-                signal.signal(number, self._asked)
+        self._epoch_began = self._since - self._spent
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._give_signals_back()
+        if (asked := self._end()) is not None:  # asked after the last look at it: everything is saved
+            raise Stopped(128 + asked)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._give_signals_back()
+        self._end()
 
-    def _give_signals_back(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-        self._handlers = {}
+    def _end(self) -> int | None:
+        """The end of the training's time; a request that has not been met."""
+        asked = requests.pending
+        self._deferred.close()
+        for vigil in watch:
+            vigil.last_words = None
+        return asked
 
-    def _asked(self, number: int, frame: Any) -> None:
-        if self.stop is not None:  # asked twice: now
-            raise Stopped(128 + number)
-        self.stop = number
-        self.agreement.asked = True
+    def _failed(self, reason: str) -> None:
+        assert self.run is not None
+        self.run.update(state="failed", reason=reason)
+
+    def _stop_if_asked(self) -> None:
+        """Where every rank comes by, and everything is saved."""
+        asked = _anybody(requests.pending)
+        if asked is not None:
+            raise Stopped(128 + asked, agreed=True)
 
     # ---- steps and epochs ---------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_began, self._images, self._trained = time.monotonic(), 0, None
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for vigil in watch:
+            vigil.begin(pl_module.steps_done + 1)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for vigil in watch:
+            vigil.end()
         self._images += batch.total
-        due = self.every and pl_module.steps_done % int(self.every) == 0
-        self.agreement.asked |= deadline.over()  # where ranks are several, the first alone knows of it
-        self.stopping = self.run is not None and self.agreement.stops(pl_module.steps_done)
-        if self.run is None or not (due or self.stopping):
-            return
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if deadline.over():  # where ranks are several, the first alone knows of it
+            requests.hear(signal.SIGTERM)
+        if self.run is None or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end saves, after its metrics; resuming from here would skip them
+        stop = stop_here(pl_module.steps_done, requests.pending)
+        if stop is None and not (self.every and pl_module.steps_done % int(self.every) == 0):
+            return
         # The module's own hook, which looks at the flag, runs after this one.
         pl_module.watch.look(pl_module.steps_done, now=True)
         self.save(trainer, self.run.last)
-        self._stop_if_agreed()
+        if stop is not None:
+            raise Stopped(128 + stop, agreed=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = time.monotonic()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A validation has left out what came after a request to stop: it is done anew when the run goes on."""
+        if self.run is None:
+            return
+        asked = _anybody(requests.pending)
+        if asked is not None:
+            with _validation_due(trainer):
+                self.save(trainer, self.run.last)
+            raise Stopped(128 + asked, agreed=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         elapsed = (self._trained or time.monotonic()) - self._epoch_began  # without the validation
         rate = self._images / max(elapsed, 1e-9)
         pl_module.log("images_per_second", rate)
+        check_weights(pl_module, trainer.current_epoch + 1)
         if self.run is None:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
@@ -125,12 +146,7 @@ class Recorder(Checkpoint):
         self.save(trainer, self.run.last)
         if ranks()[0] == 0:
             self.run.update(epoch=trainer.current_epoch + 1, train_seconds=self.total_seconds())
-        self._stop_if_agreed()
-
-    def _stop_if_agreed(self) -> None:
-        # Asked during the validation: a single process stops here, several agree on a step of the next epoch.
-        if self.stopping or (self.stop is not None and ranks()[1] == 1):
-            raise Stopped(128 + (self.stop or signal.SIGTERM))
+        self._stop_if_asked()
 
     def total_seconds(self) -> float:
         """Seconds of training so far, over all starts of the run."""
@@ -163,10 +179,28 @@ class Recorder(Checkpoint):
         checkpoint["run"] = dict(self.facts)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "seconds": self.total_seconds(), "rows": self.rows}
+        spent = [self._images, (self._trained or time.monotonic()) - self._epoch_began]
+        return {"best_score": self.best_score, "seconds": self.total_seconds(), "rows": self.rows, "epoch": spent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self.seconds = state_dict["best_score"], state_dict["seconds"]
         # metrics.csv may have a row more, of an epoch whose checkpoint was not written any more, or be lost.
         self.rows = list(state_dict["rows"])
+        self._images, self._spent = state_dict["epoch"]
         self._write_rows()
+
+
+def _anybody(asked: int | None) -> int | None:
+    """The signal that any rank was asked by; every rank asks here."""
+    told = [int(number) for number in gather(str(asked or 0))]
+    return max(told) or None
+
+
+@contextmanager
+def _validation_due(trainer: Trainer) -> Iterator[None]:
+    """Inside, the loops' state is that of a validation that has just begun, which Lightning then does anew."""
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    for counts in (progress.current, progress.total):
+        counts.ready = counts.started = 1
+        counts.processed = counts.completed = 0
+    yield

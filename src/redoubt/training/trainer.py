@@ -44,7 +44,7 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: Sequence[Callback], l
     # Lightning would take the one task of a Slurm job for all of its processes.
     alone = slurm_tasks() == 1 and not torch.distributed.is_torchelastic_launched()
     try:
-        return Trainer(
+        trainer = Trainer(
             plugins=[CheckpointFiles(), *([LightningEnvironment()] if alone else [])],
             accelerator=accelerator(cfg),
             devices=world,
@@ -73,6 +73,9 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: Sequence[Callback], l
         TypeError,
     ) as error:  # Lightning's MisconfigurationException is none of ours
         raise UserError(f"trainer: {error}") from error
+    # Its handlers broadcast, and save, wherever a rank is: ours are `redoubt.training.stopping`.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def accelerator(cfg: DictConfig) -> str:
