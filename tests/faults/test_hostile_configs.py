@@ -322,13 +322,8 @@ def test_no_plugin_of_the_folder_is_imported(canary: Path, tmp_path: Path) -> No
     (tmp_path / "hydra_plugins").mkdir()
     shutil.copy(tmp_path / "theirs/hostile_canary.py", tmp_path / "hydra_plugins")
     (tmp_path / "conf").mkdir()
-    command = [
-        sys.executable,
-        str(Path(config.__file__).parents[1] / "train.py"),
-        "--config-dir",
-        "conf",
-        "nokey=1",
-    ]
+    script = str(Path(config.__file__).parents[1] / "train.py")
+    command = [sys.executable, script, "--config-dir", "conf", "nokey=1"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     refused(Ended(ended.returncode, ended.stdout, ended.stderr), "nokey")
 
