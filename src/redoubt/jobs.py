@@ -324,9 +324,11 @@ def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str], own_su
         cfg, overrides: What was composed now, and the words of the command line.
         own_suite: Where the command line names no attack, take the run's.
     """
+    axes = stored.get("axes")
     for axis in config.AXES:  # they become words of a command
-        if not _OPTION.fullmatch(str(stored["axes"][axis])):
-            raise UserError(f"axes.{axis}={stored['axes'][axis]!r} in the run's config.yaml is no option's name")
+        option = axes.get(axis, "") if isinstance(axes, dict) else ""
+        if not _OPTION.fullmatch(str(option)):
+            raise UserError(f"axes.{axis}={option!r} in the run's config.yaml is no option's name: restore that file")
     merged = OmegaConf.create(stored)
     said = {o.lstrip("+~").split("=", 1)[0] for o in overrides}
     for key in said:
