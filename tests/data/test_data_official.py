@@ -137,7 +137,7 @@ def test_download_is_renamed_when_complete_and_refused_when_wrong(tmp_path, monk
     class Response:
         def __init__(self, request, timeout):
             assert timeout <= 15
-            self.chunks = [raw[:3000], raw[3000:]]
+            self.chunks, self.headers = [raw[:3000], raw[3000:]], {}
 
         def __enter__(self):
             return self
