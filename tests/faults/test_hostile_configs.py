@@ -17,7 +17,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from tests.conftest import Ended, Shell
-from tests.test_bad_input import SMALL
+from tests.faults.bad_inputs import SMALL
 
 from redoubt import allowed, cli, config
 

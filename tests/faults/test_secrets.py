@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from tests.conftest import Shell
+from tests.faults.bad_inputs import SMALL
 from tests.faults.test_hostile_configs import refused
-from tests.test_bad_input import SMALL
 
 from redoubt import config, secrets
 from redoubt.runs.files import read_json

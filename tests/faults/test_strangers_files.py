@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 import yaml
 from tests.conftest import Shell
+from tests.faults.bad_inputs import SMALL
 from tests.faults.test_hostile_configs import SECRET, canary, refused
 from tests.reporting.stores import CONFIG, add_evaluation, add_run, config, nested, some_examples
 from tests.reporting.test_page import HOSTILE, Outline
-from tests.test_bad_input import SMALL
 
 import redoubt
 from redoubt.errors import UserError

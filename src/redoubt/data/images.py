@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO
@@ -16,6 +17,8 @@ from rich.progress import Progress
 from redoubt.errors import UserError
 
 log = logging.getLogger("redoubt")
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # images of another size are refused anyway
 
 #: Images per task of the pool: some tens of milliseconds, so that neither scheduling nor waiting shows.
 CHUNK = 128

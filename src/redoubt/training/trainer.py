@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +102,9 @@ def devices(cfg: DictConfig) -> int:
         count = 0
     if count < 1:
         raise UserError(f"trainer.devices={wanted!r} must be a whole number of at least 1, or auto")
+    cores = os.cpu_count() or 1
+    if accelerator(cfg) == "cpu" and count > max(16, 4 * cores):
+        raise UserError(f"trainer.devices={count} processes on {cores} cores: take at most {max(16, 4 * cores)}")
     if accelerator(cfg) == "gpu" and count > torch.cuda.device_count():
         raise UserError(f"trainer.devices={count}, but torch sees {torch.cuda.device_count()} GPUs here")
     return count
