@@ -207,7 +207,8 @@ def test_a_run_leaves_what_the_house_says(trained: tuple[Path, Command]) -> None
     assert [file.partition(".")[2] for file in kept] == ["0.jsonl", "shown.npz"]
     assert files - {".lock", *kept} == {
         "config.yaml", "environment.json", "status.json", "metrics.csv", "checkpoints/last.ckpt",
-        "checkpoints/best.ckpt", "checkpoints/last.ckpt.sha256", "checkpoints/best.ckpt.sha256", f"{name}/results.json", f"{name}/verdicts.npz", f"{name}/attack.json",
+        "checkpoints/last.ckpt.sha256", "checkpoints/best.ckpt", "checkpoints/best.ckpt.sha256",
+        f"{name}/results.json", f"{name}/verdicts.npz", f"{name}/attack.json",
         f"{name}/examples.npz",
     }  # fmt: skip
     (row,) = read_rows(run.metrics_file)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import socket
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +78,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["defense=afd", "optimizer.clip=1"],
+        pytest.param(["defense=afd", "optimizer.clip=1"], marks=pytest.mark.slow),
         pytest.param(
             ["defense=cure", "defense.rate=1", "defense.decay=0.5", "defense.freeze=update", "inner=uniform"],
             marks=pytest.mark.slow,
@@ -122,15 +118,15 @@ def test_a_child_that_dies_ends_the_parent(tmp_path: Path) -> None:
     assert done.code not in (0, None, -9)
     assert done.errfile.stat().st_mtime - float((tmp_path / "died.txt").read_text()) < 15
     assert "rank 1 dies" in done.err  # the cause, not only that the connection to rank 1 broke
-    assert any(line.startswith("redoubt: rank 1 ended") for line in done.err.splitlines())
-    assert only_run(tmp_path).status["state"] in ("failed", "interrupted")
+    assert "redoubt: rank 1 failed: RuntimeError: rank 1 dies" in done.err.splitlines()
+    assert only_run(tmp_path).status["state"] == "failed"
 
 
 @pytest.mark.parametrize(
     "extra",
     [
         pytest.param([], marks=pytest.mark.slow),
-        ["base=trades", "trainer.accumulate=2", "ema=wa", "optimizer.clip=1"],
+        pytest.param(["base=trades", "trainer.accumulate=2", "ema=wa", "optimizer.clip=1"], marks=pytest.mark.slow),
     ],
     ids=["plain", "all"],
 )
@@ -156,32 +152,3 @@ def test_a_loss_that_is_nan_on_one_rank_ends_both(tmp_path: Path) -> None:
     status = only_run(tmp_path).status
     assert status["state"] == "failed"
     assert "not finite" in status["reason"]
-
-
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_sigterm_to_one_rank_ends_both_and_the_run_goes_on(tmp_path: Path, rank: int) -> None:
-    own, env = of_own(tmp_path)
-    argv = ["train", *own, "defense=told", *TWO, "trainer.max_epochs=400"]
-    argv += ["validation.every=400"]
-    pair = launched(tmp_path, *argv, **env)
-    wait_for(lambda: only_run(tmp_path).last.is_file())
-    os.kill(pair[rank].pid, signal.SIGTERM)
-    began = time.monotonic()
-    codes = [command.end(30).code for command in pair]
-    assert time.monotonic() - began < 20
-    assert all(code not in (0, None, -9) for code in codes), codes
-    run = only_run(tmp_path)
-    assert run.status["state"] == "interrupted"
-    assert 0 < torch.load(run.last, weights_only=True)["redoubt"]["steps_done"] < 1600
-
-
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if condition():
-                return
-        except ValueError:  # no run yet
-            pass
-        time.sleep(0.05)
-    raise AssertionError("nothing happened")

@@ -75,11 +75,13 @@ class Faulty(RobustModule):
         fault(self, "validation", self.trainer.current_epoch)
         super().validation_step(batch, batch_idx)
 
+    def on_train_start(self):
+        super().on_train_start()
+        with open(f"rank{rank}.txt", "a") as file:
+            print(self.raw_optimizers()[0].param_groups[0]["initial_lr"], self.seed, file=file)
+
     def on_train_end(self):
         fault(self, "end", 0)
-        with open(f"rank{rank}.txt", "w") as file:
-            optimizer = self.raw_optimizers()[0]
-            print(self.steps_done, optimizer.param_groups[0]["initial_lr"], self.seed, file=file)
 
     def logits(self, x):
         if self._trainer is None:
@@ -87,6 +89,16 @@ class Faulty(RobustModule):
             fault(self, "evaluation", forwards[0])
         return super().logits(x)
 '''
+
+
+#: torchrun with a function in place of a command: its workers are forks, too.
+ELASTIC = """
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+os.setsid()
+at = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork")
+elastic_launch(LaunchConfig(1, 1, {world}, **at), redoubt.cli.main)()
+sys.exit(0)
+"""
 
 
 def own_package(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -160,6 +172,13 @@ class Ranks:
         """As a user starts them: the first starts the others."""
         words, env = self.words()
         return start(self.folder, *words, **env, **self.fault(fault))
+
+    def elastic(self, fault: dict[str, Any] | None = None) -> Command:
+        """As torchrun's agent, which looks after them; all in a session of their own."""
+        words, env = self.words()
+        return start(
+            self.folder, *words, before=ELASTIC.replace("{world}", str(self.world)), **env, **self.fault(fault)
+        )
 
     def fault(self, fault: dict[str, Any] | None) -> dict[str, str]:
         """The environment of a fault."""

@@ -75,9 +75,9 @@ def test_a_rank_that_is_lost_ends_all(tmp_path: Path, fault: dict[str, Any], wor
 HANGS = [
     (fault("sleep", 1), "rank 1 hangs in step 6: the others have waited 15 s for it"),
     (fault("SIGSTOP", 0), "rank 0 does not answer: its process is stopped"),
-    (fault("sleep", 0, limits=3.0), "rank 0 hangs in step 6: the others have waited 3 s for it"),
-    (fault("SIGSTOP", 1, limits=3.0), "rank 1 does not answer: its process is stopped"),
-    (fault("SIGSTOP", 1, "evaluation", 9, limits=3.0), "rank 1 does not answer: its process is stopped"),
+    (fault("sleep", 0, limits=5.0), "rank 0 hangs in step 6: the others have waited 5 s for it"),
+    (fault("SIGSTOP", 1, limits=5.0), "rank 1 does not answer: its process is stopped"),
+    (fault("SIGSTOP", 1, "evaluation", 9, limits=5.0), "rank 1 does not answer: its process is stopped"),
 ]
 
 
@@ -104,7 +104,7 @@ def test_a_rank_that_hangs_ends_all(tmp_path: Path, fault: dict[str, Any], says:
 def test_a_rank_that_takes_its_time_is_waited_for(tmp_path: Path, where: tuple[str, int], whole: Any) -> None:
     """For longer than a rank may hang within a step."""
     ranks = Ranks(tmp_path)
-    assert ended(ranks.begin(fault("sleep", 1, *where, seconds=7.0, limits=3.0))) == [0, 0]
+    assert ended(ranks.begin(fault("sleep", 1, *where, seconds=9.0, limits=5.0))) == [0, 0]
     assert ranks.result() == whole
 
 
@@ -231,7 +231,7 @@ def test_slurm_s_signal_queues_the_job_again(tmp_path: Path, where: tuple[str, i
     ("fault", "code", "says"),
     [
         (fault("SIGKILL", 1), 2, "rank 1 was killed by SIGKILL"),
-        (fault("sleep", 1, limits=3.0), 2, "rank 1 hangs in step 6"),
+        (fault("sleep", 1, limits=5.0), 2, "rank 1 hangs in step 6"),
         (fault("SIGKILL", 0), -9, "rank 0 is gone"),
         (fault("raise", 1, "evaluation", 9), 2, "rank 1 failed: RuntimeError: rank 1 dies"),
     ],
@@ -268,51 +268,41 @@ def test_a_signal_to_ddp_cpu(tmp_path: Path, fault: dict[str, Any], whole: Any) 
     command = ranks.alone(fault).end()
     assert command.code == 128 + getattr(signal, fault["kind"]), command.err
     assert ranks.since() < SOON
-    ranks.alone().end().good()
+    assert ended(ranks.begin()) == [0, 0]
     assert ranks.result() == whole
-
-
-def torchrun(ranks: Ranks, fault: dict[str, Any] | None = None) -> subprocess.Popen[str]:
-    words, env = ranks.words()
-    tool = Path(sys.executable).with_name("torchrun")
-    command = [str(tool), "--standalone", f"--nproc-per-node={ranks.world}", str(ROOT / "src/train.py"), *words[1:]]
-    ranks.folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        command, cwd=ranks.folder, env={**os.environ, **QUIET, **env, **ranks.fault(fault)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
 
 
 @slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_torchrun_is_ddp_cpu(tmp_path: Path, world: int, whole: Any) -> None:
-    """The same bits, rows and verdicts."""
-    one, other = Ranks(tmp_path / "torchrun", world=world), Ranks(tmp_path / "ddp_cpu", world=world)
-    process = torchrun(one)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    assert out.count("│ FGSM") == 1
-    assert {(one.folder / f"rank{r}.txt").read_text() for r in range(world)} == {"12 0.05 0\n"}
-    if world == 2:
-        assert one.result() == whole
-        return
-    other.alone().end(200).good()
-    assert one.result() == other.result()
+def test_torchrun(tmp_path: Path, world: int, whole: Any) -> None:
+    """The same bits, rows and verdicts as ranks have that nobody looks after."""
+    ranks, other = Ranks(tmp_path / "torchrun", world=world), Ranks(tmp_path / "forks", world=world)
+    words, env = ranks.words()
+    tool = Path(sys.executable).with_name("torchrun")
+    done = subprocess.run(
+        [str(tool), "--standalone", f"--nproc-per-node={world}", str(ROOT / "src/train.py"), *words[1:]],
+        cwd=ranks.folder, env={**os.environ, **QUIET, **env}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("│ FGSM") == 1
+    assert {(ranks.folder / f"rank{r}.txt").read_text() for r in range(world)} == {"0.05 0\n"}
+    if world == 3:
+        assert ended(other.begin()) == [0] * world
+    assert ranks.result() == (whole if world == 2 else other.result())
 
 
 @slow
 @pytest.mark.fault("a rank raises, or is killed", "refused")
 @pytest.mark.parametrize(
     ("fault", "says"),
-    [(fault("SIGKILL", 1), "rank 1 is gone"), (fault("sleep", 1, limits=3.0), "rank 1 hangs in step 6")],
+    [(fault("SIGKILL", 1), "rank 1 is gone"), (fault("sleep", 1, limits=5.0), "rank 1 hangs in step 6")],
 )
 def test_a_lost_rank_of_torchrun(tmp_path: Path, fault: dict[str, Any], says: str) -> None:
     ranks = Ranks(tmp_path)
-    process = torchrun(ranks, fault)
-    _, err = process.communicate(timeout=200)
+    command = ranks.elastic(fault).end()
     assert ranks.since() < SOON
-    assert process.returncode not in (0, None)
-    assert any(line.startswith(f"redoubt: {says}") for line in err.splitlines()), err
+    assert command.code not in (0, None)
+    assert any(line.startswith(f"redoubt: {says}") for line in command.err.splitlines()), command.err
 
 
 @slow
@@ -321,16 +311,18 @@ def test_a_lost_rank_of_torchrun(tmp_path: Path, fault: dict[str, Any], says: st
 def test_a_signal_to_torchrun(tmp_path: Path, keyboard: bool, whole: Any) -> None:
     """SIGTERM to torchrun alone, which hands it on; SIGINT to all as from a terminal, which it hands on once more."""
     ranks = Ranks(tmp_path)
-    process = torchrun(ranks, fault("sleep", 0, "validation", 1, seconds=4.0))
+    command = ranks.elastic(fault("sleep", 0, "validation", 1, seconds=4.0))
+    until = time.monotonic() + 60
     while not (tmp_path / "fault.txt").exists():
-        assert process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.05)
     if keyboard:
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(command.pid, signal.SIGINT)
     else:
-        process.terminate()
-    _, err = process.communicate(timeout=SOON)
-    assert f"redoubt: stopped by {'SIGINT' if keyboard else 'SIGTERM'}" in err, err
+        os.kill(command.pid, signal.SIGTERM)
+    command.end(SOON)
+    assert command.code not in (0, None, -9)
+    assert f"redoubt: stopped by {'SIGINT' if keyboard else 'SIGTERM'}" in command.err, command.err
     run = only_run(tmp_path)
     assert run.status["state"] == "interrupted"
     assert torch.load(run.last, weights_only=True)["redoubt"]["steps_done"] == 8

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from tests.conftest import Shell
+from tests.faults.ranks import own_package
 from tests.sweeps.cells import SMALL, trainings
 
 from redoubt import launched, sweeps
+from redoubt.launched import started_by_launcher
 from redoubt.runs.store import Store
-from redoubt.training.distributed import started_by_launcher
 from redoubt.training.trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,27 +155,67 @@ def test_a_slurm_job_of_one_task_is_a_machine(cell, tmp_path: Path, monkeypatch:
 
 
 TWO = [w for w in SMALL if w != "trainer=cpu"] + ["trainer=ddp_cpu", "attack=none", "data.val_fraction=0.34"]
+#: Of what processes of ours set for themselves, and must not leave behind for the next cell.
+OURS = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK"}
+
+
+@pytest.fixture
+def told(sources: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A defense that writes down what each rank has trained with: see `trained`; its arguments."""
+    own, env = own_package(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", env["PYTHONPATH"])
+    monkeypatch.syspath_prepend(str(tmp_path / "theirs"))
+    monkeypatch.delitem(sys.modules, "faulty.parts", raising=False)
+    monkeypatch.delitem(sys.modules, "faulty", raising=False)
+    return [*own, "-m", *TWO, "defense=faulty"]
+
+
+def trained(rank: int) -> list[tuple[float, int]]:
+    """(learning rate, seed) of the cells that a rank has trained, in turn."""
+    lines = Path(f"rank{rank}.txt").read_text().splitlines()
+    return [(float(lr), int(seed)) for lr, seed in map(str.split, lines)]
 
 
 @pytest.mark.slow
-def test_two_ranks_in_a_multirun(shell: Shell, sources: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a Slurm job of one task: both processes of a cell train the same run."""
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    ended = shell("train", "-m", *TWO, "sweep.name=d", "seed=0,1")
+@pytest.mark.parametrize("launcher", ["basic", "local"])
+def test_two_ranks_in_a_multirun(launcher: str, shell: Shell, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a Slurm job of one task, and by submitit: both processes of a cell train the same one."""
+    if launcher == "local":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+        told = [*told, "hydra/launcher=local", "hydra.launcher.timeout_min=5"]
+    else:
+        monkeypatch.setenv("SLURM_PROCID", "0")
+        monkeypatch.setenv("SLURM_NTASKS", "1")
+        monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+    before = set(os.environ)
+    ended = shell("train", *told, "sweep.name=d", "optimizer.lr=0.02,0.03", "seed=7")
     assert ended.code == 0, ended.err
     assert "d: 2 cells, 2 done" in ended.out
-    assert len(Store("outputs").list()) == 2
+    assert sorted(trained(0)) == [(0.02, 7), (0.03, 7)]
+    assert sorted(trained(1)) == sorted(trained(0))
+    assert {r.config()["optimizer"]["lr"] for r in Store("outputs").list()} == {0.02, 0.03}
+    assert not (set(os.environ) - before) & OURS
+    assert not dist.is_initialized()
 
 
 @pytest.mark.slow
-def test_two_ranks_under_a_search(shell: Shell, sources: None) -> None:
+def test_a_rank_that_fails_in_a_multirun(shell: Shell, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails its cell, and the next one is begun."""
+    monkeypatch.setenv("FAULT", '{"kind": "SIGKILL", "rank": 1, "where": "step", "number": 1, "world": 2}')
+    ended = shell("train", *told, "sweep.name=d", "seed=0,1")
+    assert ended.code == 2, ended.err
+    assert "d: 2 cells, 2 failed" in ended.out
+    assert ended.err.count("redoubt: rank 1 was killed by SIGKILL") == 2
+    assert [run.status["state"] for run in Store("outputs").list()] == ["failed", "failed"]
+
+
+@pytest.mark.slow
+def test_two_ranks_under_a_search(shell: Shell, told: list[str]) -> None:
     """Both ranks take the trial's values, and both stop where one is pruned."""
     optuna = pytest.importorskip("optuna")
     ended = shell(
-        "train", "-m", "hydra/sweeper=optuna", *TWO, "sweep.name=d", "optimizer.lr=interval(0.01,0.1)",
+        "train", *told, "hydra/sweeper=optuna", "sweep.name=d", "optimizer.lr=interval(0.01,0.1)",
         "schedule=constant", "trainer.max_epochs=2", "hydra.sweeper.objective=[lr]", "hydra.sweeper.sampler=random",
         "hydra.sweeper.pruner_options={n_startup_trials:1}", "hydra.sweeper.trials=2", "hydra.sweeper.seed=4",
     )  # fmt: skip
@@ -181,3 +223,6 @@ def test_two_ranks_under_a_search(shell: Shell, sources: None) -> None:
     trials = optuna.load_study(study_name="d", storage="sqlite:///outputs/sweeps/optuna.db").trials
     assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED"]
     assert len(Store("outputs").list()) == 2
+    for rank in (0, 1):
+        assert [lr for lr, _ in trained(rank)] == [t.params["optimizer.lr"] for t in trials]
+    assert not dist.is_initialized()

@@ -104,7 +104,7 @@ def _told(error: BaseException) -> BaseException:
     """Tells the others why this rank ends; the cause where it is theirs."""
     (vigil,) = watch
     if isinstance(error, Lost) or (isinstance(error, Stopped) and error.agreed):
-        vigil.ending = True
+        vigil.end_here()
         return error
     if _of_connection(error) and (cause := vigil.cause(error)) is not error:
         return cause

@@ -82,6 +82,10 @@ class Requests:
             finally:
                 self.deferring = False
 
+    def leave(self) -> None:
+        """The process is on its way out: whatever comes now must not break off what it still writes."""
+        self._ending = True
+
     def hear(self, number: int) -> None:
         """Notes a request that came another way than by a signal."""
         if self.deferring and self.asked is None:
@@ -95,7 +99,7 @@ class Requests:
         if self.deferring and (self.asked is None or time.monotonic() - self._when < AGAIN):
             self.hear(number)
             return
-        self._ending = True
+        self.leave()
         raise Stopped(128 + number)
 
 

@@ -119,7 +119,7 @@ class Vigil:
 
     def report(self, error: BaseException) -> None:
         """Tells the others why this rank ends."""
-        self.ending = True
+        self.end_here()
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else 0
             own = Verdict("stopped", self.rank, f"rank {self.rank} was told to stop", code)
@@ -164,8 +164,13 @@ class Vigil:
             return error
         return self._error(self.verdict, None)
 
-    def _error(self, verdict: Verdict, frame: Any) -> BaseException:
+    def end_here(self) -> None:
+        """The main thread knows why it ends: it is not interrupted any more."""
         self.ending = True
+        requests.leave()
+
+    def _error(self, verdict: Verdict, frame: Any) -> BaseException:
+        self.end_here()
         if verdict.kind == "stopped":
             return Stopped(verdict.code, agreed=True)
         return Lost(verdict.text + (f" ({_where(frame)})" if verdict.rank == self.rank and frame else ""))
