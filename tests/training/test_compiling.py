@@ -61,3 +61,18 @@ def test_where_the_code_is_kept(monkeypatch, tmp_path: Path):
     monkeypatch.setenv(compiling.CACHE, str(tmp_path / "mine"))
     compiling.compiled(lambda x: x)
     assert Path(compiling.os.environ[compiling.CACHE]) == tmp_path / "mine"
+
+
+def test_who_compiles_does_not_hang(monkeypatch):
+    """The watch of a rank hears when torch.compile is at work."""
+    from torch._dynamo.callback import CallbackTrigger, callback_handler
+
+    class Watch:
+        compiling = False
+
+    monkeypatch.setattr(compiling, "watch", [Watch()])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    compiling.compiled(lambda x: x)
+    with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "0/0"):
+        assert compiling.watch[0].compiling
+    assert not compiling.watch[0].compiling
