@@ -40,7 +40,7 @@ from redoubt.secrets import HIDDEN
 from redoubt.sweeps import judges
 from redoubt.training.distributed import leave, ranks, together
 from redoubt.training.stopping import Stopped, requests, requeue, requeue_signal
-from redoubt.training.trainer import accelerator, devices, make_trainer
+from redoubt.training.trainer import accelerator, check_machine, devices, make_trainer
 
 console = Console()
 
@@ -122,6 +122,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
     if cfg.trainer.fast_dev_run:
         with tempfile.TemporaryDirectory() as folder:
             return [_fast_dev_run(cfg, folder)]
+    check_machine(cfg)
     data = _data(cfg)
     judged = _evaluations(cfg, overrides)
     for cell in judged:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from redoubt.errors import UserError, did_you_mean
+from redoubt.kinds import Kind, listed, optional, text, whole
 from redoubt.runs.files import read_rows
 from redoubt.runs.store import Run
 from redoubt.sweeps import Sweep
@@ -38,7 +39,7 @@ class Search:
 
     def __init__(self, settings: Mapping[str, Any], name: str, steps: int) -> None:
         self.optuna = _optuna()
-        self.settings, self.name = settings, str(settings["study"] or name)
+        self.settings, self.name = _checked(settings), str(settings["study"] or name)
         named = {"robust": f"val/pgd{steps}", "natural": "val/clean"}
         self.metrics = [named.get(str(o), str(o)) for o in settings["objective"]]
         known = [*named, *named.values(), "train/loss"]
@@ -48,6 +49,7 @@ class Search:
         self.directions = list(settings["directions"] or ["maximize"] * len(self.metrics))
         if len(self.directions) != len(self.metrics) or set(self.directions) - {"maximize", "minimize"}:
             raise UserError("hydra.sweeper.directions must be maximize or minimize, one for each objective")
+        self._sampler(0), self._pruner()  # what they refuse is said before there is a study
 
     def study(self, number: int = 0) -> Study:
         """The study as it stands in the database, made where there is none.
@@ -176,6 +178,28 @@ class Search:
         """Objectives with their names, accuracies in %."""
         pairs = zip(self.metrics, values, strict=True)
         return ", ".join(f"{m} {100 * v:.2f} %" if m.startswith("val/") else f"{m} {v:.4g}" for m, v in pairs)
+
+
+#: Of ``hydra.sweeper``, with what they take.
+_SETTINGS: Mapping[str, Kind] = {
+    "storage": text,
+    "study": optional(text),
+    "trials": whole(1),
+    "jobs": whole(1),
+    "objective": listed(text),
+    "directions": optional(listed(text)),
+    "sampler": text,
+    "seed": optional(whole(0)),
+    "pruner": optional(text),
+}
+
+
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {
+        key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for key, value in settings.items()
+    }
+    return plain | {key: kind(plain[key], f"hydra.sweeper.{key}") for key, kind in _SETTINGS.items()}
 
 
 def space(overrides: Mapping[str, Override]) -> dict[str, BaseDistribution]:

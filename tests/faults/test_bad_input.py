@@ -50,7 +50,7 @@ def refused(ended: Ended, *says: str) -> None:
 
 def content(folder: Path) -> dict[Path, bytes]:
     """The bytes of all files, but for locks."""
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "lock")}
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.name.endswith("lock")}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def finished(shell: Shell, shelf: Path) -> Run:
 
 @functools.cache
 def composed(command: str, groups: tuple[str, ...]) -> DictConfig:
-    return config.compose([*(() if command == "export" else SMALL), *groups], command)
+    return config.compose(groups, command)
 
 
 class Values:
@@ -80,21 +80,20 @@ class Values:
         self.capsys = capsys
 
     def __call__(self, command: str, *words: str) -> Ended:
-        own = words[len(SMALL) :] if words[: len(SMALL)] == SMALL else words
         self.capsys.readouterr()
         code = 0
         try:
-            cli._job(command, self.composed(command, own), list(own))
+            cli._job(command, self.composed(command, words), list(words))
         except Exception as error:
             code = cli._report(error, debug=False)
         out, err = self.capsys.readouterr()
         return Ended(code, out, err)
 
     def composed(self, command: str, words: tuple[str, ...]) -> DictConfig:
-        groups = tuple(word for word in words if word.split("=")[0] in GROUPS)
-        cfg = copy.deepcopy(composed(command, groups))
+        once = tuple(word for word in words if word in SMALL or word.split("=")[0] in GROUPS)
+        cfg = copy.deepcopy(composed(command, once))
         for word in words:
-            if word not in groups:
+            if word not in once:
                 parsed = OverridesParser.create().parse_override(word)
                 OmegaConf.update(cfg, parsed.key_or_group, parsed.value(), merge=False)
         return cfg
@@ -104,10 +103,11 @@ class Words(Values):
     """As `Shell`, but that Hydra composes once, not twice, and sets up no job."""
 
     def composed(self, command: str, words: tuple[str, ...]) -> DictConfig:
-        if words[0] == "--config-dir":
-            config.search_path.append(str(Path(words[1]).resolve()))
-            words = words[2:]
-        return config.compose([*SMALL, *words], command)
+        if "--config-dir" in words:
+            own = words.index("--config-dir")
+            config.search_path.append(str(Path(words[own + 1]).resolve()))
+            words = (*words[:own], *words[own + 2 :])
+        return config.compose(words, command)
 
 
 @pytest.fixture

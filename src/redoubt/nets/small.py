@@ -38,8 +38,8 @@ class ResNetSmall(Backbone):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if not widths:
-            raise UserError("model.widths is empty: give the channels of each stage, as [16,32,64,128]")
+        if not widths or min(widths) < 1:
+            raise UserError(f"model.widths={list(widths)}: give the channels of each stage, as [16,32,64,128]")
         self.normalize = first_layer(normalize, mean, std)
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
@@ -93,8 +93,8 @@ class CNNSmall(Backbone):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if not widths:
-            raise UserError("model.widths is empty: give the channels of each convolution, as [32,64,64,128]")
+        if not widths or min(widths) < 1:
+            raise UserError(f"model.widths={list(widths)}: give the channels of each convolution, as [32,64,64,128]")
         self.normalize = first_layer(normalize, mean, std)
         layers: list[nn.Module] = []
         for i, (c_in, c_out) in enumerate(zip([3, *widths], widths, strict=False)):

@@ -18,7 +18,7 @@ from redoubt.defenses import RobustModule
 from redoubt.runs.identity import identity
 from redoubt.runs.start import starting_point
 from redoubt.runs.store import readable_name
-from redoubt.training.trainer import accelerator, check_precision, device_name, devices
+from redoubt.training.trainer import accelerator, check_machine, device_name, devices
 from redoubt.units import clock
 
 #: Images of the measured step: enough to keep the device busy, few enough to answer in seconds.
@@ -27,7 +27,7 @@ IMAGES = {"cpu": 8, "gpu": 64}
 
 def show_plan(cfg: DictConfig, console: Console) -> None:
     """Prints run, recipes, size, estimated time and memory of a resolved config; trains and writes nothing."""
-    check_precision(cfg)
+    check_machine(cfg)
     data = build_data(cfg)
     absent = data.absent()
     if absent:  # nothing is downloaded for a plan: the published sizes, and noise to measure on

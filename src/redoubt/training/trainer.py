@@ -34,9 +34,7 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: Sequence[Callback], l
     """
     t = cfg.trainer
     quiet_lightning()
-    check_precision(cfg)
-    if t.sync_batchnorm and accelerator(cfg) == "cpu":
-        raise UserError("trainer.sync_batchnorm=true needs GPUs: torch synchronises BatchNorm there only")
+    check_machine(cfg)
     world = devices(cfg)
     if world > 1 or int(t.num_nodes) > 1 or t.strategy == "ddp":
         strategy: Any = PlainDDP(process_group_backend="gloo" if accelerator(cfg) == "cpu" else "nccl")
@@ -110,8 +108,14 @@ def devices(cfg: DictConfig) -> int:
     return count
 
 
-def check_precision(cfg: DictConfig) -> None:
-    """bf16 on a CPU only where the processor has it; float16 on no CPU (Lightning would take bf16 silently)."""
+def check_machine(cfg: DictConfig) -> None:
+    """bf16 on a CPU only where the processor has it; float16 on no CPU (Lightning would take bf16 silently).
+
+    Raises:
+        UserError: What is asked for needs another machine.
+    """
+    if cfg.trainer.sync_batchnorm and accelerator(cfg) == "cpu":
+        raise UserError("trainer.sync_batchnorm=true needs GPUs: torch synchronises BatchNorm there only")
     precision = str(cfg.trainer.precision)
     if precision not in ("32-true", "bf16-mixed", "16-mixed"):
         raise UserError(f"trainer.precision={precision!r} is not known: take 32-true, bf16-mixed or 16-mixed")
