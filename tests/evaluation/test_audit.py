@@ -421,7 +421,7 @@ def test_cure_revision() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("audit.images=abc", "audit.images='abc' is not a number"),
+        ("audit.images=abc", "audit.images='abc' must be a whole number"),
         ("audit.images=0", "audit.images=0 must be a whole number of at least 1"),
         ("audit.noise.draws=1.5", "audit.noise.draws=1.5 must be a whole number"),
         ("audit.eps_curve.eps=[]", "audit.eps_curve.eps is empty"),
@@ -429,7 +429,7 @@ def test_cure_revision() -> None:
         ("audit.finite_differences=3", "audit.finite_differences=3 is a group of keys"),
         ("audit.finite_differences.h=0", "audit.finite_differences.h=0 must be above 0"),
         ("audit.randomness.passes=1", "audit.randomness.passes=1 must be a whole number of at least 2"),
-        ("audit.eps_curve.eps=[1,-2]", "audit.eps_curve.eps=[1, -2] must hold no negative number"),
+        ("audit.eps_curve.eps=[1,-2]", "audit.eps_curve.eps=-2 must be at least 0"),
     ],
 )
 def test_keys_that_are_no_numbers(override: str, says: str) -> None:

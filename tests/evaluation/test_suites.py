@@ -359,7 +359,7 @@ FGSM = {"_target_": "redoubt.attacks.WhiteBox", "eps": 0.1, "steps": 1, "step": 
         ({"ensemble": FGSM}, "ensemble is taken"),
         ({"label": FGSM}, "label is taken"),
         ({"a": {**FGSM, "net": "theirs"}}, "attack.attacks.a.net='theirs' is not known: take own or source"),
-        ({"a": {**FGSM, "stepz": 1}}, "attack.attacks.a: redoubt.attacks.WhiteBox does not take"),
+        ({"a": {**FGSM, "stepz": 1}}, "attack.attacks.a.stepz is no argument of WhiteBox: did you mean step"),
         ({"a": {**FGSM, "steps": -1}}, "attack.attacks.a: steps=-1"),
         ({"a": {**FGSM, "_target_": "os.system"}}, "'os.system' is not allowed"),
     ],
