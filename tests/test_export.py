@@ -27,6 +27,7 @@ from redoubt.defenses.fsr import FSRLayer
 from redoubt.errors import UserError
 from redoubt.export import export
 from redoubt.runs import running
+from redoubt.runs.checkpoints import write_checkpoint
 from redoubt.runs.files import write_json
 from redoubt.runs.store import Run
 
@@ -210,7 +211,7 @@ def test_best_is_another_checkpoint(store: Callable[[str], str], tmp_path: Path)
     run = Run(shutil.copytree(store("normal"), tmp_path / "run-copy"))
     content = torch.load(run.best, weights_only=True)
     content["state_dict"] = {k: 2 * v for k, v in content["state_dict"].items()}
-    torch.save(content, run.best)
+    write_checkpoint(content, run.best)
     for which in ("last", "best"):
         export(run.folder, tmp_path / f"{which}.safetensors", checkpoint=which)
     last, best = (redoubt.load(tmp_path / f"{which}.safetensors").net.state_dict() for which in ("last", "best"))

@@ -505,7 +505,7 @@ def test_precision_is_of_crafting_too() -> None:
 def test_bfloat16_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "cpu_has_bf16", lambda: False)
     with pytest.raises(UserError, match=r"trainer\.precision=bf16-mixed"):
-        trainer_module.check_precision(resolved("trainer.precision=bf16-mixed"))
+        trainer_module.check_machine(resolved("trainer.precision=bf16-mixed"))
 
 
 def test_deterministic_reaches_torch() -> None:

@@ -236,18 +236,18 @@ def _child(file: str) -> int:
 
 def one_line(error: BaseException) -> str | None:
     """What to tell a user of an error that is not ours; None where it is a defect of the program."""
+    text = str(error)
+    if "Unknown plugin class" in text:  # of a launcher: Hydra's own sweepers and ours are always there
+        extra = "slurm" if "submitit" in text else "sweeps"
+        return f"this hydra/launcher is not installed: pip install 'redoubt[{extra}]'"
     if explain.is_of_config(error):
         return explain.explain(error)
-    text = str(error)
     memory = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
     if isinstance(error, MemoryError) or any(m in text for m in memory):
         return (
             "out of memory: lower data.batch_size, or raise trainer.accumulate, which cuts the same batch into "
             "micro-batches"
         )
-    if "Unknown plugin class" in text:  # of a launcher: Hydra's own sweepers and ours are always there
-        extra = "slurm" if "submitit" in text else "sweeps"
-        return f"this hydra/launcher is not installed: pip install 'redoubt[{extra}]'"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; see paths.outputs, paths.data and data.root"
     return None

@@ -43,19 +43,18 @@ def test_workers(workers: int, shell: Shell, sources: None, monkeypatch: pytest.
     conf.write_text("# @package schedule\nkind: constant\n")
     grid = [
         "train", "--config-dir", "conf", "-m", *SMALL, "schedule=own", "hydra/launcher=workers", "sweep.name=w",
-        f"hydra.launcher.n_jobs={workers}", "attack=none", "optimizer.lr=0.1,0.2,-1",
+        f"hydra.launcher.n_jobs={workers}", "attack=none", "optimizer.lr=0.1,0.2,1e30",
     ]  # fmt: skip
     ended = shell(*grid)
     assert ended.code == 2, ended.err
     assert "w: 3 cells, 2 done, 1 failed" in ended.out
-    assert "optimizer.lr=-1 must be at least 0" in ended.out
+    assert "lower optimizer.lr" in ended.out
     assert (os.getpid() in pids("w"), len(pids("w"))) == (workers == 1, workers)
     assert {run.config()["schedule"]["kind"] for run in Store("outputs").list()} == {"constant"}
     # what the workers did counts here: only the failed cell is left
     trained = trainings(monkeypatch)
     again = shell(*[w for w in grid if not w.startswith("hydra")])
-    assert (again.code, trained) == (2, [])
-    assert "cell 3 of 3" not in ended.out
+    assert (again.code, len(trained)) == (2, 1)
 
 
 @pytest.mark.slow
