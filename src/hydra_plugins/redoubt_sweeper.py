@@ -152,7 +152,7 @@ class GridSweeper(BasicSweeper):
         seen: set[str] = set()
         for cell in cells:
             if set(cell) - seen:
-                config.resolve(config.compose(cell, config.root))
+                config.ready(cell, config.root)
                 seen |= set(cell)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
@@ -126,11 +127,15 @@ def locate(target: Any, key: str, folders: Iterable[str]) -> Any:
     _check_name(target, key, allowed)
     from hydra.utils import get_object  # the run store needs this module without Hydra
 
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises
     try:
         found = get_object(target)
     except Exception as error:  # whatever the import of a user's module raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{key}: {target!r} cannot be imported: {reason}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"{key}: {target!r} cannot be imported ({reason}): correct the name, or the module") from error
     if not (inspect.isclass(found) or inspect.isfunction(found)):
         raise _refusal(target, key)
     home = f"{found.__module__}.{found.__qualname__}"

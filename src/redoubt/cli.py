@@ -62,7 +62,7 @@ def main(command: str | None = None) -> None:
 
 def _run(command: str, arguments: list[str], debug: bool) -> int:
     if command == "--child":
-        return _child(arguments[0])
+        return _child()
     if command == "runs":
         from redoubt.runs.commands import main as runs
 
@@ -217,12 +217,12 @@ def _log() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _child(file: str) -> int:
+def _child() -> int:
     """A further process of a job, started by `companions` with the job's own config."""
     from omegaconf import OmegaConf
 
-    launched.end_with_parent()
-    job = OmegaConf.load(file)
+    job = OmegaConf.load(sys.stdin)
+    launched.end_with_parent(int(job.parent))
     config.search_path[:] = list(job.config_dirs)
     _own_packages(os.getcwd())
     config.register_resolvers()

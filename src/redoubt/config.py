@@ -96,6 +96,17 @@ def compose(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
     return with_axes(cfg, choices)
 
 
+def ready(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
+    """Composed, looked through and resolved, as a command would have it.
+
+    Raises:
+        UserError: See `compose`, `complete` and `resolve`.
+    """
+    cfg = compose(overrides, config_name)
+    complete(cfg, config_name)
+    return resolve(cfg)
+
+
 def with_axes(cfg: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
     """Notes under ``axes`` which option of each axis was chosen, and the recipe files that were found."""
     OmegaConf.set_struct(cfg, False)
@@ -182,8 +193,6 @@ def _agree(tree: dict[str, Any]) -> None:
     for owner in ("threat", "inner", "attack"):
         section = tree[owner]
         norm = section.get("norm", tree["threat"]["norm"])
-        if norm not in ("linf", "l2"):
-            raise UserError(f"{owner}.norm={norm!r} is not known: take linf or l2")
         if owner == "attack" and section["eps"] is None:  # corruptions
             continue
         eps = section["eps"] = as_number(section["eps"], f"{owner}.eps")

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from redoubt.nets import load_backbone
 from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
 from redoubt.runs.files import read_json
-from redoubt.runs.identity import canonical, deciding, digest, plain
+from redoubt.runs.identity import canonical, deciding, digest, leaves, plain
 from redoubt.runs.loading import load, weights_hash
 from redoubt.runs.store import Run, Store
 from redoubt.secrets import HIDDEN
@@ -99,13 +99,8 @@ OWN = ("callbacks", "compile_cache", "data.root", "hydra", "logger", "paths", "t
 def facts(command: str, cfg: DictConfig) -> dict[str, str]:
     """What must be the same in every process of a job: a hash of each value of its config, and the code."""
     found = {"command": command, "redoubt": f"{redoubt.__version__} {redoubt.NUMERICS}", "torch": torch.__version__}
-    values = dict(_leaves(deciding(plain(cfg), excluded=OWN)))
+    values = leaves(deciding(plain(cfg), excluded=OWN))
     return found | {key: digest({"value": value}) for key, value in values.items()}
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
@@ -145,7 +140,7 @@ def _evaluations(cfg: DictConfig, overrides: list[str]) -> list[DictConfig]:
     """The cell as each evaluation of a sweep would have it; ``cfg`` has the first one's words already."""
     words = [list(evaluation) for evaluation in cfg.sweep.evaluations or [[]]]
     own = [o for o in overrides if not judges(o) and not o.startswith("sweep.evaluations=")]
-    return [cfg, *(config.resolve(config.compose([*own, *evaluation])) for evaluation in words[1:])]
+    return [cfg, *(config.ready([*own, *evaluation]) for evaluation in words[1:])]
 
 
 def _check_evaluation(cfg: DictConfig, data: ImageData) -> None:

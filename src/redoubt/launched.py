@@ -1,4 +1,4 @@
-"""Whether torchrun or Slurm started this process as one of several; no torch."""
+"""Whether torchrun or Slurm started this process as one of several, and that none outlives the others; no torch."""
 
 from __future__ import annotations
 
@@ -55,12 +55,14 @@ def first() -> bool:
     return int(rank) == 0
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
     """Ends this process soon after the one that started it: a kill of that one reaches none of its children.
 
     Where it is joined to the others by then, it ends by itself, and says why.
+
+    Args:
+        parent: The process that started this one, as that one says: it may be gone by now.
     """
-    parent = os.getppid()
 
     def see() -> None:
         while os.getppid() == parent:
@@ -80,7 +82,7 @@ def workers_end_too(sweep: Sweep, cells: Iterable[str]) -> Iterator[None]:
         workers = list(getattr(getattr(loky, "_executor", None), "_processes", None) or ())
         _send(workers, signal.SIGTERM)
         until = time.monotonic() + GRACE
-        while time.monotonic() < until and any(not sweep.free(key) for key in cells):
+        while workers and time.monotonic() < until and any(not sweep.free(key) for key in cells):
             time.sleep(0.2)
         _send(workers, signal.SIGKILL)  # they would ask for the next cell
         os._exit(128 + number)

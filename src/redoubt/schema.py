@@ -23,7 +23,7 @@ _PLACES = {"outputs": text, "data": text}
 
 TRAIN: dict[str, Any] = {
     "threat": {"norm": one_of("linf", "l2"), "eps": number()},
-    "inner": Built(steps=whole(0), step=number(0.0)),
+    "inner": Built(norm=one_of("linf", "l2"), steps=whole(0), step=number(0.0)),
     "ema": {"decay": optional(number(0.0, 1.0)), "warmup": flag},
     "base": Built(),
     "defense": Built(),
@@ -154,26 +154,26 @@ def complete(tree: Mapping[str, Any], command: str) -> None:
         if key not in schema and key != "axes":
             raise _unknown(key, [*schema])
     _complete(tree, schema, "")
-    if "attack" in schema:
-        _read_somewhere(tree["attack"], schema["attack"])
+    if "attack" not in schema:
+        return
+    built = {key for key, kind in schema.items() if isinstance(kind, Built) and key != "schedule"}
+    for key in [f"{key}._target_" for key in built] + ["optimizer.lr", "attack.norm", "attack.eps", "attack.attacks"]:
+        section, _, leaf = key.partition(".")
+        if isinstance(tree[section], Mapping) and leaf not in tree[section]:
+            raise _missing(key)
+    _read_somewhere(tree["attack"], schema["attack"])
 
 
 def _complete(tree: Mapping[str, Any], schema: Mapping[str, Any], prefix: str) -> None:
     for key, kind in schema.items():
         value = tree.get(key, "???")
         if value == "???":
-            raise UserError(f"{prefix}{key} is missing: give it a value, and leave ~{prefix}{key} out")
+            raise _missing(f"{prefix}{key}")
         if isinstance(value, Mapping) and not isinstance(kind, Built | Free) and isinstance(kind, Mapping):
             _complete(value, kind, f"{prefix}{key}.")
         elif isinstance(value, Mapping) and value.get("_target_", "") is None and len(value) > 1:
             odd = next(name for name in value if name != "_target_")
             raise UserError(f"{key}.{odd} is a key of another option: choose it too, as {key}=<option>")
-    built = {key for key, kind in schema.items() if isinstance(kind, Built) and key != "schedule"}
-    needed = [f"{key}._target_" for key in built] + ["optimizer.lr", "attack.norm", "attack.eps", "attack.attacks"]
-    for key in needed if not prefix and "attack" in schema else ():
-        section, _, leaf = key.partition(".")
-        if isinstance(tree[section], Mapping) and leaf not in tree[section]:
-            raise UserError(f"{key} is missing: give it a value, and leave ~{key} out")
 
 
 def _read_somewhere(section: Any, known: Mapping[str, Any]) -> None:
@@ -184,6 +184,10 @@ def _read_somewhere(section: Any, known: Mapping[str, Any]) -> None:
     for key in section:
         if key not in (*known, "eps", "attacks") and key not in words:
             raise _unknown(f"attack.{key}", [k for k in section if k != key])
+
+
+def _missing(key: str) -> UserError:
+    return UserError(f"{key} is missing: give it a value, and leave ~{key} out")
 
 
 def _unknown(key: str, names: list[str]) -> UserError:

@@ -49,10 +49,10 @@ def _clean(value: Any, key: str, hidden: set[str]) -> Any:
         return {name: _clean(item, str(name), hidden) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_clean(item, key, hidden) for item in value]
-    if not isinstance(value, str) or not value:
-        return value
-    if _KEY.search(key):
+    if _KEY.search(key) and value not in (None, "") and not isinstance(value, bool):  # yaml makes digits a number
         return HIDDEN
+    if not isinstance(value, str):
+        return value
     value = _URL.sub(rf"\1{HIDDEN}", _PAIR.sub(rf"\1{HIDDEN}", value))
     return _replaced(value, hidden | _met)
 
@@ -65,8 +65,8 @@ def _meet(value: Any, key: str) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _meet(item, key)
-    elif isinstance(value, str) and len(value) >= _SHORTEST and value != HIDDEN and _KEY.search(key):
-        _met.add(value)
+    elif len(str(value)) >= _SHORTEST and value != HIDDEN and _KEY.search(key):
+        _met.add(str(value))
 
 
 def _replaced(text: str, hidden: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import logging
 import os
+import re
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
@@ -67,8 +68,9 @@ def download(remotes: Sequence[Remote], root: Path) -> None:
 def clean(root: Path) -> None:
     """Removes what killed downloads left; for whoever holds the lock under which others would be at it."""
     for left in root.glob(f".*{PART}"):
-        with suppress(OSError):
-            left.unlink()
+        if re.fullmatch(rf"\..+\.\d+{re.escape(PART)}", left.name):
+            with suppress(OSError):
+                left.unlink()
 
 
 def _download(remote: Remote, root: Path) -> None:

@@ -27,13 +27,9 @@ class Tally:
 
     def means(self) -> dict[str, float]:
         """The means over all ranks' examples; the tally is empty afterwards."""
-        if not self.sums:
-            return {}
-        both = torch.stack(list(self.sums.values()))
-        sum_over_ranks([both])
-        values = (both[:, 0] / both[:, 1]).tolist()
-        names, self.sums = list(self.sums), {}
-        return dict(zip(names, values, strict=True))
+        sums, self.sums = self.over_ranks(), {}
+        pairs = torch.stack([*sums.values()]).tolist() if sums else []
+        return {name: total / count for name, (total, count) in zip(sums, pairs, strict=True)}
 
     def over_ranks(self) -> dict[str, Tensor]:
         """The sums so far of all ranks together, for a checkpoint; every rank calls it."""
@@ -41,7 +37,7 @@ class Tally:
             return {}
         both = torch.stack(list(self.sums.values()))
         sum_over_ranks([both])
-        return dict(zip(self.sums, both.clone(), strict=True))
+        return dict(zip(self.sums, both, strict=True))
 
     def go_on_from(self, sums: dict[str, Tensor]) -> None:
         """Takes what `over_ranks` gave, on the first rank; the others begin at nought."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,11 @@ def _arrays(file: Path) -> Any:
     """
     try:
         found = np.load(file, allow_pickle=False)
-        return {name: found[name] for name in found.files} if file.suffix == ".npz" else found
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if file.suffix != ".npz":
+            return found
+        with found:
+            return {name: found[name] for name in found.files}
+    except Exception as error:  # a damaged file raises any of a dozen kinds, of numpy, zipfile and zlib
         raise UserError(f"{file}: holds no plain arrays, or is cut short: evaluate again") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 import yaml
@@ -44,23 +44,24 @@ def main(argv: Sequence[str]) -> int:
     if what not in COMMANDS:
         raise UserError(f"report {what}: no such report{did_you_mean(what, list(COMMANDS))}")
     command: Callable[..., int | None] = getattr(importlib.import_module(COMMANDS[what][0]), what)
-    keys, hints = inspect.signature(command).parameters, get_type_hints(command)
+    keys = inspect.signature(command).parameters
     if any(word in ("-h", "--help") for word in words):
         print(inspect.getdoc(command))
         for key, parameter in keys.items():
             default = parameter.default if parameter.default is not inspect.Parameter.empty else None
             print(f"  {'paths.outputs' if key == 'outputs' else key}={'' if default is None else default}")
         return 0
-    return command(**_given(what, words, hints)) or 0
+    return command(**_given(what, command, words)) or 0
 
 
-def _given(what: str, words: Sequence[str], keys: Mapping[str, Any]) -> dict[str, Any]:
-    given: dict[str, Any] = {}
+def _given(what: str, command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
+    keys, given = get_type_hints(command), {}
+    keys.pop("return", None)
     for word in words:
         key, equals, text = word.partition("=")
         key = "outputs" if key == "paths.outputs" else key
         if not equals or key not in keys:
-            known = ["paths.outputs" if k == "outputs" else k for k in keys if k != "return"]
+            known = ["paths.outputs" if k == "outputs" else k for k in keys]
             raise UserError(f"report {what}: {word!r} is no key=value of it{did_you_mean(key, known)}")
         if not text:
             raise UserError(f"report {what}: {word} has no value: give one, or leave it out")
@@ -68,4 +69,4 @@ def _given(what: str, words: Sequence[str], keys: Mapping[str, Any]) -> dict[str
             given[key] = text if keys[key] in (str, str | None) and text != "null" else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"report {what}: {word!r} cannot be read: put the value in quotes") from error
-    return fitted(getattr(importlib.import_module(COMMANDS[what][0]), what), given, f"report {what}")
+    return fitted(command, given, f"report {what}")

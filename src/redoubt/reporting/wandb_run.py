@@ -100,7 +100,8 @@ def sent_epochs(folder: Path) -> set[int]:
     found: set[int] = set()
     for file in sorted(folder.glob("wandb/*run-*/*.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        # A file that a kill cut short is read as far as it goes; the exit code then is not 0.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         for line in done.stdout.splitlines():
             item = json.loads(line).get("history", {}).get("item", {})
             if "lr" in item:  # a whole row of ours, no evaluation

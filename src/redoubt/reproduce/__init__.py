@@ -57,9 +57,9 @@ def main(arguments: Sequence[str], job: Job, tell: Tell) -> int:
         raise UserError("reproduce starts its processes itself: call it without torchrun or srun")
     asked = request(arguments)
     tasks = asked.tasks()
-    cfg = config.resolve(config.compose([*tasks[0].training, *tasks[0].evaluations[0]]))  # a mistake is said at once
+    cfg = config.ready([*tasks[0].training, *tasks[0].evaluations[0]])  # a mistake is said at once
     if tasks[0].audit is not None:
-        config.resolve(config.compose(tasks[0].audit, "audit"))
+        config.ready(tasks[0].audit, "audit")
     if asked.to:
         must_be_writable(asked.to)
     outputs = Path(str(cfg.paths.outputs))

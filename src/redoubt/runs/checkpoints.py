@@ -100,7 +100,10 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file raises any of a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{file} is not a readable checkpoint ({reason}): remove it or restore it") from error
-    if not isinstance(content, dict) or not {"state_dict", "redoubt"} <= set(content):
+    found = content if isinstance(content, dict) else {}
+    run = found.get("run", {})
+    decides = run.get("decides", {}) if isinstance(run, dict) else None
+    if not all(isinstance(part, dict) for part in (found.get("state_dict"), found.get("redoubt"), decides)):
         raise UserError(f"{file} is not a checkpoint of ours: give foreign weights as checkpoint=<file> to eval.py")
     return content
 
@@ -148,6 +151,7 @@ def _lines(digests: Sequence[str], path: Path) -> str:
 def _stated(path: Path) -> list[str]:
     """The SHA-256 that stands beside a checkpoint; two where a process died while it was replaced, none in old runs."""
     try:
-        return [line.split()[0] for line in checksum_file(path).read_text().splitlines() if line.strip()]
+        stated = checksum_file(path).read_text(errors="replace")  # it may be damaged too
+        return [line.split()[0] for line in stated.splitlines() if line.strip()]
     except FileNotFoundError:
         return []

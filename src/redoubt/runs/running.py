@@ -33,7 +33,8 @@ from redoubt.training.distributed import broadcast, meet, ranks, same
 from redoubt.training.loggers import opened
 from redoubt.training.progress import ProgressBar
 from redoubt.training.pruning import pruning
-from redoubt.training.recorder import Recorder, Stopped
+from redoubt.training.recorder import Recorder
+from redoubt.training.stopping import Stopped
 from redoubt.training.trainer import accelerator, device_name, make_trainer
 
 log = logging.getLogger("redoubt")
@@ -153,8 +154,8 @@ def _fit(
         expected = data.steps_per_epoch(ranks()[1]) * int(cfg.trainer.max_epochs)
         if module.steps_done != expected:
             raise RuntimeError(f"{module.steps_done} steps were trained where {expected} were due")
-        epochs = [int(row["epoch"]) for row in read_rows(run.metrics_file)]
-        if ranks()[0] == 0 and epochs != list(range(1, int(cfg.trainer.max_epochs) + 1)):
+        epochs = [int(row["epoch"]) for row in read_rows(run.metrics_file)] if ranks()[0] == 0 else None
+        if epochs not in (None, [*range(1, int(cfg.trainer.max_epochs) + 1)]):
             raise RuntimeError(f"{run.metrics_file} has rows of the epochs {epochs}: not one for each that was trained")
     return module
 
@@ -169,13 +170,13 @@ def _resumed(run: Run, facts: dict[str, Any]) -> str | None:
     if found is None:
         return None
     file, stored = found
-    differ = differences(stored["decides"], facts["decides"]) if stored else []
+    differ = differences(stored.get("decides", {}), facts["decides"]) if stored else []
     if differ:
         keys = ", ".join(key.removeprefix("config.") for key in differ)
         raise UserError(f"{file} is of a run that differs in {keys}: put this run's own checkpoint back, or remove it")
-    if stored and stored["machine"] != facts["machine"]:
+    if stored and stored.get("machine") != facts["machine"]:
         note(
-            f"going on with {facts['machine']} where {stored['machine']} was before: "
+            f"going on with {facts['machine']} where {stored.get('machine')} was before: "
             "the last bits may differ from those of a run that stayed"
         )
     return str(file)

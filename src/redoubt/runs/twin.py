@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from omegaconf import DictConfig, OmegaConf
 
 from redoubt import config
 from redoubt.errors import UserError
-from redoubt.runs.identity import plain
+from redoubt.runs.identity import leaves, plain
 
 
 def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
@@ -17,7 +14,7 @@ def twin_config(cfg: DictConfig, *, defense: str, base: str) -> DictConfig:
 
     Its epochs, optimizer and schedule come from its own recipe, or from ``natural.*``; never from ``cfg``.
     """
-    own = [f"{key}={value}" for key, value in leaves(plain(cfg.natural)) if value is not None]
+    own = [f"{key}={value}" for key, value in leaves(plain(cfg.natural)).items() if value != "null"]
     choices = [f"{axis}={cfg.axes[axis]}" for axis in ("model", "data", "attack")]
     try:
         twin = config.compose([*choices, f"defense={defense}", f"base={base}", *own])
@@ -36,12 +33,3 @@ def _as_the_cell(twin: DictConfig, cfg: DictConfig) -> DictConfig:
     twin.trainer = {**cfg.trainer, "max_epochs": epochs, "accumulate": 1}
     twin.evaluation = {**cfg.evaluation, "weights": None, "checkpoint": "last", "beside": None}
     return config.resolve(twin)
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested mapping."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

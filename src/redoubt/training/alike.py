@@ -34,8 +34,8 @@ def check_weights(module: Any, epoch: int) -> None:
     if differing:
         who = f"rank {differing[0]} holds" if len(differing) == 1 else f"ranks {', '.join(map(str, differing))} hold"
         raise UserError(
-            f"{who} other weights than rank {told.index(most)} after epoch {epoch}: they do not compute alike; nothing "
-            "was saved since the epoch before: take the same device, driver and libraries for all, and start again"
+            f"{who} other weights than rank {told.index(most)} after epoch {epoch}, which was not saved: they do not "
+            "compute alike: take the same device, driver and libraries for all, and start again"
         )
 
 

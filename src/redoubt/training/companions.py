@@ -7,12 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -21,7 +19,7 @@ from redoubt.errors import UserError
 from redoubt.launched import started_by_launcher
 from redoubt.training.distributed import watch
 from redoubt.training.stopping import Stopped
-from redoubt.training.vigil import AGAIN, END, Verdict
+from redoubt.training.vigil import END, GOES_ON, Verdict
 
 #: Exit codes of a process that was asked to stop and saved its place.
 ASKED_TO_STOP = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
@@ -34,7 +32,7 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
     """Starts this machine's other processes.
 
     Lightning's launcher would re-run the command line, in a multirun the whole sweep; each child here is given
-    the very config of this process, as a file. Does nothing where a launcher (torchrun, Slurm) started us.
+    the very config of this process. Does nothing where a launcher (torchrun, Slurm) started us.
 
     Args:
         job: Resolved; what `redoubt.cli` needs to do the same: command, config, overrides, config_dirs.
@@ -55,41 +53,48 @@ def companions(job: dict[str, Any], world: int) -> Iterator[None]:
         "WORLD_SIZE": str(world),
         "NODE_RANK": "0",
     }
-    with tempfile.TemporaryDirectory(prefix="redoubt-") as folder:
-        file = Path(folder) / "job.yaml"
-        OmegaConf.save(OmegaConf.create(job), file)
-        children = [
-            subprocess.Popen(
-                [sys.executable, "-m", "redoubt.cli", "--child", str(file)],
+    # Through a pipe: the config has secrets, and a file would outlive a kill.
+    given = OmegaConf.to_yaml(OmegaConf.create({**job, "parent": os.getpid()})).encode()
+    children: Children = []
+    mine = {**common, "LOCAL_RANK": "0", "RANK": "0"}
+    done = threading.Event()
+    before = {name: os.environ.get(name) for name in mine}
+    try:
+        for rank in range(1, world):
+            child = subprocess.Popen(
+                [sys.executable, "-m", "redoubt.cli", "--child"],
                 env={**os.environ, **common, "LOCAL_RANK": str(rank), "RANK": str(rank)},
+                stdin=subprocess.PIPE,
             )
-            for rank in range(1, world)
-        ]
-        mine = {**common, "LOCAL_RANK": "0", "RANK": "0"}
-        done = threading.Event()
+            children.append(child)
+            _hand(child, given)
         threading.Thread(target=_see, args=(children, done), daemon=True).start()
-        before = {name: os.environ.get(name) for name in mine}
         os.environ.update(mine)
         try:
-            try:
-                yield
-            finally:
-                done.set()
-            _wait(children, 60.0)
-            for rank, child in enumerate(children, 1):
-                if child.returncode != 0:
-                    raise UserError(f"rank {rank} {_fate(child.returncode)}: see its message above")
-        except BaseException as error:
-            # They know already. What they are about to say of it is waited for, what they are saving as well.
-            _wait(children, 30.0 if isinstance(error, Stopped) else END)
-            raise
+            yield
         finally:
-            for child in children:
-                if child.poll() is None:
-                    child.kill()
-                child.wait()
-            for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+            done.set()
+        _wait(children, 60.0)
+        for rank, child in enumerate(children, 1):
+            if child.returncode != 0:
+                raise UserError(f"rank {rank} {_fate(child.returncode)}: see its message above")
+    except BaseException as error:
+        # They know already. What they are about to say of it is waited for, what they are saving as well.
+        _wait(children, 30.0 if isinstance(error, Stopped) else END)
+        raise
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _hand(child: subprocess.Popen[bytes], given: bytes) -> None:
+    assert child.stdin is not None
+    with suppress(BrokenPipeError), child.stdin:  # one that died already is seen by `_see`
+        child.stdin.write(given)
 
 
 def _wait(children: Children, seconds: float) -> None:
@@ -117,7 +122,7 @@ def _see(children: Children, done: threading.Event) -> None:
                 continue
             said = f"rank {rank} {_fate(code)}"
             if watch:
-                watch[0].suspect(Verdict("gone", rank, f"{said}; {AGAIN}"))
+                watch[0].suspect(Verdict("gone", rank, f"{said}; {GOES_ON}"))
                 return
             if done.wait(1.0):
                 return

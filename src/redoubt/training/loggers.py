@@ -103,7 +103,11 @@ def wandb_logger(
         checkpoint: Read by `redoubt.reporting.wandb_log`: the evaluated checkpoint becomes an artifact.
     """
     _needs("wandb")
-    sent = sent_epochs(folder)
+    sent: set[int] = set()
+    try:
+        sent = sent_epochs(folder)
+    except Exception as error:  # of W&B's own program, or of what it says
+        warn(error, "rows that it has may come again")
     run = open_run(folder, config, project=project, entity=entity, offline=offline)
     define_curves(run, config)
     for row in Record(Run(folder)).metrics:

@@ -6,8 +6,8 @@ import csv
 import io
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from redoubt.runs.store import Run
 from redoubt.training.alike import check_weights
 from redoubt.training.distributed import gather, ranks, stop_here, watch
 from redoubt.training.stopping import Stopped, requests
+from redoubt.training.vigil import Verdict
 
 
 class Recorder(Checkpoint):
@@ -59,7 +60,7 @@ class Recorder(Checkpoint):
             return
         self._deferred.enter_context(requests.deferred())
         for vigil in watch if ranks()[0] == 0 else ():
-            vigil.last_words = self._failed
+            vigil.last_words = self._last_words
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.monotonic()
@@ -80,15 +81,10 @@ class Recorder(Checkpoint):
             vigil.last_words = None
         return asked
 
-    def _failed(self, reason: str) -> None:
+    def _last_words(self, verdict: Verdict) -> None:
         assert self.run is not None
-        self.run.update(state="failed", reason=reason)
-
-    def _stop_if_asked(self) -> None:
-        """Where every rank comes by, and everything is saved."""
-        asked = _anybody(requests.pending)
-        if asked is not None:
-            raise Stopped(128 + asked, agreed=True)
+        state = "interrupted" if verdict.kind == "stopped" else "failed"
+        self.run.update(state=state, reason=verdict.text)
 
     # ---- steps and epochs ---------------------------------------------------------------------------------------
 
@@ -125,8 +121,8 @@ class Recorder(Checkpoint):
             return
         asked = _anybody(requests.pending)
         if asked is not None:
-            with _validation_due(trainer):
-                self.save(trainer, self.run.last)
+            _validation_due(trainer)
+            self.save(trainer, self.run.last)
             raise Stopped(128 + asked, agreed=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -146,7 +142,8 @@ class Recorder(Checkpoint):
         self.save(trainer, self.run.last)
         if ranks()[0] == 0:
             self.run.update(epoch=trainer.current_epoch + 1, train_seconds=self.total_seconds())
-        self._stop_if_asked()
+        if (asked := _anybody(requests.pending)) is not None:
+            raise Stopped(128 + asked, agreed=True)
 
     def total_seconds(self) -> float:
         """Seconds of training so far, over all starts of the run."""
@@ -196,11 +193,9 @@ def _anybody(asked: int | None) -> int | None:
     return max(told) or None
 
 
-@contextmanager
-def _validation_due(trainer: Trainer) -> Iterator[None]:
-    """Inside, the loops' state is that of a validation that has just begun, which Lightning then does anew."""
+def _validation_due(trainer: Trainer) -> None:
+    """Makes the loops' state that of a validation that has just begun, which Lightning then does anew."""
     progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     for counts in (progress.current, progress.total):
         counts.ready = counts.started = 1
         counts.processed = counts.completed = 0
-    yield

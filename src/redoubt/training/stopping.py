@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from redoubt.launched import slurm_job, slurm_tasks
 #: What asks a process to stop. A job of Slurm's hears of its time limit by another one: see `requeue_signal`.
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 #: Seconds in which a signal that comes again is the same one: torchrun hands on what the terminal sent already.
-AGAIN = 2.0
+SAME_SIGNAL = 2.0
 
 
 class Stopped(SystemExit):
@@ -96,7 +97,7 @@ class Requests:
             raise error
         if self._ending:
             return
-        if self.deferring and (self.asked is None or time.monotonic() - self._when < AGAIN):
+        if self.deferring and (self.asked is None or time.monotonic() - self._when < SAME_SIGNAL):
             self.hear(number)
             return
         self.leave()
@@ -125,4 +126,7 @@ def requeue_signal() -> int | None:
 
 def requeue() -> None:
     """Queues this Slurm job again, as Lightning's plugin does, whose handler would save in the middle of a step."""
-    subprocess.run(["scontrol", "requeue", slurm_job()], check=False)
+    try:
+        subprocess.run(["scontrol", "requeue", slurm_job()], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"redoubt: the job is not queued again ({error}): submit the same command", file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ SILENT, WAITING, STEPS = 15.0, 15.0, 5
 GRACE, KILL, END = 3.0, 5.0, 10.0
 
 VERDICT, ASKED, BEATS = "redoubt/verdict", "redoubt/asked", "redoubt/beat"
-AGAIN = "the same command goes on from what was saved"
+GOES_ON = "the same command goes on from what was saved"
 
 
 class Lost(UserError):
@@ -87,7 +87,7 @@ class Vigil:
         self.entered, self.begun, self.state, self.compiling = 0, 0, "busy", False
         self.longest, self._since = 0.0, 0.0
         self.verdict: Verdict | None = None
-        self.last_words: Callable[[str], None] | None = None
+        self.last_words: Callable[[Verdict], None] | None = None
         self.ending = False  # the main thread has the reason already
         self.beats = [Beat(0, 0, 0, "busy")] * len(places)
         # The threads' calls must not wait for the main thread's: a connection each.
@@ -180,6 +180,9 @@ class Vigil:
         self.state = "left"
         self._over.set()
         requests.interruption = None
+        for thread in self._threads:  # else an older beat might come after the last one
+            if thread.is_alive():
+                thread.join(2 * ROUND)
         if self.verdict is not None and self.verdict.kind == "silent" and self.verdict.rank >= 0:
             processes.kill(self.places[self.verdict.rank])  # it could not even hear of it
         with suppress(RuntimeError):
@@ -187,9 +190,6 @@ class Vigil:
             until = time.monotonic() + END
             while self.keeper == self.rank and time.monotonic() < until and not self._alone():
                 time.sleep(0.02)
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(2 * ROUND)
 
     def _alone(self) -> bool:
         others = [r for r in range(len(self.places)) if r != self.rank]
@@ -225,17 +225,16 @@ class Vigil:
             self._rounds += 1
 
     def _watch(self) -> None:
-        seen, before, since = -1, self.beats, 0.0
+        seen, before, missed, since = -1, self.beats, 0, 0.0
         poked = killed = False
         while not self._over.wait(ROUND):
+            missed = missed + 1 if seen == self._rounds else 0
+            earlier, seen, before = before, self._rounds, self.beats
             if self.verdict is None:
                 if self._suspect is None:
-                    self._suspect = self._judge(seen != self._rounds, before)
-                    seen, before = self._rounds, self.beats
-                elif self._cut_off or seen == self._rounds:  # it cannot be told: each finds the same by itself
+                    self._suspect = self._judge(missed == 0, earlier)
+                elif self._cut_off or missed > 2:  # it cannot be told: each finds the same by itself
                     self.verdict = self._suspect
-                else:
-                    seen = self._rounds
                 continue
             since = since or time.monotonic()
             passed, verdict = time.monotonic() - since, self.verdict
@@ -271,7 +270,7 @@ class Vigil:
             state = processes.state(self.places[r])
             self._gone[r] = self._gone[r] + 1 if state == "gone" else 0
             if self._gone[r] > 2:  # its last beat, that it leaves, is read by now
-                return Verdict("gone", r, f"rank {r} is gone: it was killed or it crashed; {AGAIN}")
+                return Verdict("gone", r, f"rank {r} is gone: it was killed or it crashed; {GOES_ON}")
             self._unheard[r] = 0.0 if beat.number != old.number else self._unheard[r] + ROUND
             if self._unheard[r] >= SILENT * (10 if state == "running" else 1):
                 return self._silent(r)
@@ -279,24 +278,24 @@ class Vigil:
             self._awaited[r] = self._awaited[r] + ROUND if waits else 0.0
             if self._awaited[r] >= max(WAITING, STEPS * self.longest):
                 waited = f"the others have waited {self._awaited[r]:.0f} s for it"
-                return Verdict("hangs", r, f"rank {r} hangs in step {beat.begun}: {waited}; {AGAIN}")
+                return Verdict("hangs", r, f"rank {r} hangs in step {beat.begun}: {waited}; {GOES_ON}")
         return None
 
     def _silent(self, rank: int) -> Verdict:
         text = f"rank {rank} does not answer: its process is stopped, or its machine is off"
-        return Verdict("silent", rank, f"{text}; {AGAIN}")
+        return Verdict("silent", rank, f"{text}; {GOES_ON}")
 
     def _of_keeper(self, kind: str) -> Verdict | None:
         if self.keeper < 0:
             text = "torchrun's process does not answer" if kind == "silent" else "torchrun's process is gone"
-            return Verdict(kind, -1, f"{text}; {AGAIN}")
+            return Verdict(kind, -1, f"{text}; {GOES_ON}")
         if self.beats[0].state == "left":
             self._over.set()
             return None
         if kind == "silent":
             return self._silent(0)
         off = "" if processes.state(self.places[0]) == "gone" else ", or its machine is off"
-        return Verdict("gone", 0, f"rank 0 is gone: it was killed or it crashed{off}; {AGAIN}")
+        return Verdict("gone", 0, f"rank 0 is gone: it was killed or it crashed{off}; {GOES_ON}")
 
     def _exit(self, verdict: Verdict) -> None:
         """Ends this process, whose main thread is inside of a library."""
@@ -305,7 +304,7 @@ class Vigil:
         print(f"redoubt: {verdict.text}{own}", file=sys.stderr, flush=True)
         if self.last_words is not None:
             with suppress(Exception):
-                self.last_words(verdict.text)
+                self.last_words(verdict)
         os._exit(verdict.code)
 
 
