@@ -158,6 +158,10 @@ def test_what_is_not_there_is_one_line(folder, shell):
     line_of(again(), 2, "00002-2.npy is missing", "evaluation.save")
     shutil.rmtree(where.parent / "kept")
     line_of(again(), 2, ".npy is missing")
+    whole = bytearray((where / "verdicts.npz").read_bytes())
+    whole[len(whole) // 3] ^= 64
+    (where / "verdicts.npz").write_bytes(whole)
+    line_of(again(), 2, "verdicts.npz")
     (where / "verdicts.npz").unlink()
     line_of(again(), 2, "verdicts.npz")
     (where / "attack.json").unlink()

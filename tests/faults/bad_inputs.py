@@ -39,14 +39,12 @@ class Case(NamedTuple):
         words: What follows it, beside `SMALL` where the command composes a cell.
         says: What the line must say.
         prepare: Puts into the folder what the words name.
-        slow: It takes seconds.
     """
 
     command: str
     words: tuple[str, ...]
     says: tuple[str, ...]
     prepare: Callable[[Path], object] | None = None
-    slow: bool = False
 
     @property
     def argv(self) -> tuple[str, ...]:
@@ -59,9 +57,9 @@ class Case(NamedTuple):
         return f"{self.command} {words if len(words) < 70 else words[:60] + '...'}".replace("\0", "\\0")
 
 
-def case(line: str, *says: str, prepare: Callable[[Path], object] | None = None, slow: bool = False) -> Case:
+def case(line: str, *says: str, prepare: Callable[[Path], object] | None = None) -> Case:
     command, *words = shlex.split(line)
-    return Case(command, tuple(words), says, prepare, slow)
+    return Case(command, tuple(words), says, prepare)
 
 
 # ---- words: names, keys, + and ~, what Hydra cannot read -----------------------------------------------------------

@@ -53,6 +53,7 @@ DAMAGES: dict[str, Damage] = {
     "a byte more": lambda file: file.write_bytes(file.read_bytes() + b"\0"),
     **{f"a bit flipped at {at:.0%}": flipped(at) for at in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999)},
     "foreign": foreign,
+    "another program's": lambda file: torch.save({"state_dict": {}, "redoubt": {}, "run": {"decides": 3}}, file),
     "text": lambda file: file.write_text("weights"),
     "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
 }
@@ -119,6 +120,19 @@ def test_a_disk_that_returns_other_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
     assert file.read_bytes() == before
     assert read_checkpoint(file)["n"] == 1
+
+
+@pytest.mark.parametrize("stated", [b"", b"\xff\xfe" * 20, b"0" * 64])
+def test_a_checksum_that_was_damaged(tmp_path: Path, stated: bytes) -> None:
+    """The checkpoint is not taken, unless nothing is said of it; the next one is written all the same."""
+    file = tmp_path / "last.ckpt"
+    write_checkpoint({"state_dict": {}, "redoubt": {}, "n": 1}, file)
+    checksum_file(file).write_bytes(stated)
+    if stated:
+        with pytest.raises(UserError, match="its SHA-256 is not the one beside it"):
+            read_checkpoint(file)
+    write_checkpoint({"state_dict": {}, "redoubt": {}, "n": 2}, file)
+    assert read_checkpoint(file)["n"] == 2
 
 
 @pytest.mark.parametrize("moment", range(20))

@@ -218,6 +218,10 @@ def test_secrets_are_redacted(fresh: None) -> None:
     assert cleaned["token"] == "<redacted>"
     assert cleaned["list"] == ["a", {"aws_secret_access_key": "<redacted>"}]
     assert (cleaned["tokens"], cleaned["cls_token"], cleaned["name"]) == (5, True, "kept")
+    assert redacted({"password": 12345678, "said": "not 12345678"}) == {
+        "password": "<redacted>",
+        "said": "not <redacted>",
+    }
     assert redacted(cleaned) == cleaned
 
 
