@@ -112,6 +112,7 @@ def test_two_processes_equal_one_for_every_defense(tmp_path: Path, options: list
                 torch.testing.assert_close(ours[key], tensor, atol=1e-6, rtol=0, msg=key)
 
 
+@pytest.mark.slow
 def test_a_child_that_dies_ends_the_parent(tmp_path: Path) -> None:
     own, env = of_own(tmp_path)
     done = redoubt(tmp_path, "train", *own, "base=dies", *TWO, seconds=60, **env)

@@ -94,6 +94,7 @@ exec "$@"
 }
 
 
+@pytest.mark.slow
 def test_slurm(shell: Shell, sources: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script that sbatch is given, and a cell in a job's environment."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")

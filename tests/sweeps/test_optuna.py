@@ -140,6 +140,7 @@ def test_a_bad_trial_is_ended_early(shell: Shell) -> None:
     assert re.search(r"s: 4 cells, \d done, \d pruned", ended.out)
 
 
+@pytest.mark.slow
 def test_failed_trials_are_told_and_the_others_go_on(shell: Shell) -> None:
     ended = shell(*SEARCH, "optimizer.lr=-1,0.1", "hydra.sweeper.trials=4")
     assert ended.code == 2
@@ -148,6 +149,7 @@ def test_failed_trials_are_told_and_the_others_go_on(shell: Shell) -> None:
     assert "must be at least 0" in next(t for t in trials() if t.state.name == "FAIL").user_attrs["reason"]
 
 
+@pytest.mark.slow
 def test_several_objectives(shell: Shell) -> None:
     ended = shell(*SEARCH, "seed=range(0,9)", "hydra.sweeper.objective=[robust,natural]", "hydra.sweeper.trials=2")
     assert ended.code == 0, ended.err
