@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from tests.conftest import composed
 
 from redoubt import config
 from redoubt.build import build_data, build_module, locate
@@ -61,13 +63,13 @@ CELLS: list[Cell] = list(itertools.product(DEFENSES, BASES, MODELS, DATA))
 PAIRS = covering(CELLS)
 
 
-def compose(cell: Cell, *more: str) -> DictConfig:
-    return config.compose([*(f"{k}={v}" for k, v in zip(GRID, cell, strict=True)), *more])
+def words(cell: Cell) -> list[str]:
+    return [f"{k}={v}" for k, v in zip(GRID, cell, strict=True)]
 
 
 def check_composes(cells: Iterable[Cell]) -> None:
     for cell in cells:
-        cfg = compose(cell)
+        cfg = config.compose(words(cell))
         assert [cfg.axes[axis] for axis in GRID] == list(cell)
         resolved = config.resolve(cfg)
         assert not list(unresolved(OmegaConf.to_container(resolved)))
@@ -135,13 +137,13 @@ def test_every_experiment_composes_and_is_checked(name: str) -> None:
 )
 def test_every_option_of_the_other_groups_composes_and_builds(group: str, option: str) -> None:
     small = ["model=cnn_small", "model.widths=[2,2,2,2]", "data=digits"]
-    module = build_module(config.compose([*small, f"{group}={option}"]))
+    module = build_module(composed(*small, f"{group}={option}"))
     assert module.make_optimizer(module.parameters()).param_groups[0]["lr"] > 0
 
 
 def step(cell: Cell, *more: str) -> dict[str, float]:
     """What one real training step through Lightning logs."""
-    cfg = config.resolve(compose(cell, *ONE_STEP, *more))
+    cfg = config.resolve(composed(*words(cell), *ONE_STEP, *more))
     before = build_module(cfg).state_dict()
     module = running._fit(cfg, build_data(cfg), None)
     assert module.steps_done == 1
@@ -163,7 +165,7 @@ def test_a_step_of_every_defense_on_every_base(defense: str, base: str) -> None:
     cell = (defense, base, "resnet_small", "cifar10")
     if base not in allowed(defense):
         with pytest.raises(UserError, match=f"base={base} is not defined for this defense"):
-            build_module(compose(cell))
+            build_module(composed(*words(cell)))
         return
     logged = step(cell)
     terms = {k.removeprefix("train/") for k in logged if k.startswith("train/")}
@@ -178,9 +180,9 @@ def test_a_step_of_every_defense_on_every_base(defense: str, base: str) -> None:
 
 def test_a_base_that_a_defense_does_not_list_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FSR, "bases", ("at", "mart"))
-    build_module(compose(("fsr", "at", "cnn_small", "digits")))
+    build_module(composed(*words(("fsr", "at", "cnn_small", "digits"))))
     with pytest.raises(UserError) as refused:
-        build_module(compose(("fsr", "trades", "cnn_small", "digits")))
+        build_module(composed(*words(("fsr", "trades", "cnn_small", "digits"))))
     assert str(refused.value) == "base=trades is not defined for this defense: take one of base=at, mart"
 
 
@@ -199,6 +201,7 @@ def nets() -> Iterator[object]:
         yield pytest.param(model, data, defense, marks=() if light or first else pytest.mark.slow)
 
 
+@functools.cache
 def default_base(defense: str) -> str:
     return str(config.compose([f"defense={defense}"]).axes.base)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import shutil
@@ -12,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from tests import conftest
 from torch import Tensor
 
 from redoubt import config
@@ -34,21 +33,8 @@ TINY = (
 )  # fmt: skip
 
 
-@functools.cache
-def grouped(groups: tuple[str, ...]) -> DictConfig:
-    return config.compose([*TINY, *groups])
-
-
 def composed(*overrides: str) -> DictConfig:
-    """As the command line composes: groups first, then values, here without reading all files again for each value."""
-    groups = tuple(o for o in overrides if "." not in o.split("=")[0] and (CONF / o.split("=")[0]).is_dir())
-    cfg = copy.deepcopy(grouped(groups))
-    for override in overrides:
-        if override not in groups:
-            parsed = OverridesParser.create().parse_override(override)
-            assert OmegaConf.select(cfg, parsed.key_or_group, default="") != "", parsed.key_or_group
-            OmegaConf.update(cfg, parsed.key_or_group, parsed.value(), merge=False)
-    return cfg
+    return conftest.composed(*TINY, *overrides)
 
 
 def resolved(*overrides: str) -> DictConfig:
