@@ -176,8 +176,8 @@ def refuse(*args: object) -> None:
     [
         ("optimizer.lr=0.07", "optimizer.lr"),
         ("seed=1", "data.seed, seed"),
-        ("inner.steps=2", "inner.steps"),
-        ("data.limit_train=29", "data.limit_train"),
+        pytest.param("inner.steps=2", "inner.steps", marks=pytest.mark.slow),
+        pytest.param("data.limit_train=29", "data.limit_train", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_of_another_config(

@@ -104,7 +104,7 @@ def test_a_read_only_disk(interrupted: Interrupted, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("outputs without permission", "refused")
-@pytest.mark.parametrize("of", ["outputs", "checkpoints"])
+@pytest.mark.parametrize("of", ["outputs", pytest.param("checkpoints", marks=pytest.mark.slow)])
 def test_no_permission(interrupted: Interrupted, of: str) -> None:
     """As somebody who may read the run and not write it; root may do both, so it becomes nobody."""
     with tempfile.TemporaryDirectory() as name:
@@ -140,7 +140,7 @@ def test_outputs_are_moved_to_another_disk(interrupted: Interrupted, tmp_path: P
 
 
 @pytest.mark.fault("two identical runs at once", "survived")
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("begun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_identical_runs_at_once(interrupted: Interrupted, tmp_path: Path, begun: bool) -> None:
     """One trains, the other waits and answers from what is there."""
     if begun:
