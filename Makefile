@@ -28,15 +28,15 @@ demo: setup  ## FSR on handwritten digits beside a plainly trained net: train, a
 ORDER ?= -p no:randomly
 
 test: setup  ## the tests, without the slow cells
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 $(ORDER)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(ORDER)
 
 test-all: setup  ## every test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ORDER)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ORDER)
 
 KILLS ?= 40
 
 faults: setup  ## inject every fault of the README's table (KILLS=200: as many kills)
-	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(PY) -m pytest tests/faults -n 2 $(ORDER)
+	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(PY) -m pytest tests/faults -n 2 --dist loadfile $(ORDER)
 
 lint: setup  ## ruff and mypy
 	.venv/bin/ruff check src tests benchmarks notebooks

@@ -126,6 +126,7 @@ def test_checkpoints_within_an_epoch_are_good_ones_too(shell: Shell, monkeypatch
     assert torch.load(run.last, weights_only=True)["redoubt"]["steps_done"] == 22
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_far_too_high(shell: Shell) -> None:
     refused(shell("train", *LONG, "optimizer.lr=1e30"), "not finite", "optimizer.lr")
     (run,) = Store("outputs").list()
