@@ -137,7 +137,7 @@ def only_run(folder: Path) -> Run:
     return run
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     """``python src/train.py experiment=demo``, begun while the server imports torch."""
     tiny = [
@@ -297,6 +297,7 @@ def test_fast_dev_run_knows_no_store(trained: tuple[Path, Command], tmp_path: Pa
     assert len(Store(folder / "outputs").list()) == 1
 
 
+@pytest.mark.slow  # the same in one process: sweeps/test_grid.py
 def test_multirun_and_runs_ls(tmp_path: Path) -> None:
     """A grid over attacks trains each cell once, and leaves no file of Hydra's."""
     done = redoubt(tmp_path, "train", "-m", *SMALL, "base=at,trades", "attack=none,pgd20").good()

@@ -107,29 +107,31 @@ def without_redoubt(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return hide
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", pytest.param("model.pt2", marks=pytest.mark.slow)])
 def test_plain_pytorch_reads_an_afd_run_that_lost_its_natural_run(
-    store: Callable[[str], str], shell: Callable, without_redoubt: Callable[[], None]
+    store: Callable[[str], str], shell: Callable, without_redoubt: Callable[[], None], name: str
 ) -> None:
     """Merged into one classifier, written by the command, read by three lines that know nothing of redoubt."""
     folder = Path(store("afd"))
     for natural in folder.parent.glob("none-standard-resnet18-*"):
         shutil.rmtree(natural)
-    for name in ("model.safetensors", "model.pt2"):
-        code, out, err = shell("export", f"run={folder.name}", f"to=new/{name}", f"paths.outputs={folder.parents[1]}")
-        assert (code, err) == (0, "")
-        assert out.startswith(f"new/{name}: 44.")
-        assert "plain ResNet18, 11,173,962 parameters, largest logit difference" in out
-        assert len(out.splitlines()) == 1
+    code, out, err = shell("export", f"run={folder.name}", f"to=new/{name}", f"paths.outputs={folder.parents[1]}")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"new/{name}: 44.")
+    assert "plain ResNet18, 11,173,962 parameters, largest logit difference" in out
+    assert len(out.splitlines()) == 1
     module, student = redoubt.load(folder), redoubt.load(folder, weights="student")
     assert isinstance(module, AFD)
     assert not same(student.logits, module.logits, within=1e-3)  # the average, which the config evaluates, is another
     without_redoubt()
     os.chdir("new")
-    net = torchvision.models.resnet18(num_classes=10)
-    net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
-    net.load_state_dict(safetensors.torch.load_file("model.safetensors"))
-    assert same(net.eval(), module.logits)
-    net = torch.export.load("model.pt2").module()
+    if name == "model.pt2":
+        net = torch.export.load(name).module()
+    else:
+        net = torchvision.models.resnet18(num_classes=10)
+        net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+        net.load_state_dict(safetensors.torch.load_file(name))
+        net.eval()
     assert same(net, module.logits)
 
 
@@ -138,9 +140,9 @@ def test_plain_pytorch_reads_an_afd_run_that_lost_its_natural_run(
     [
         ("fsr", None, FSR, 8),
         ("cure", "student", RobustModule, 8),
-        ("cure", "revision", RobustModule, 8),
+        pytest.param("cure", "revision", RobustModule, 8, marks=pytest.mark.slow),
         ("normal", None, RobustModule, 8),
-        ("library", None, RobustModule, 32),
+        pytest.param("library", None, RobustModule, 32, marks=pytest.mark.slow),
     ],
 )
 def test_redoubt_loads_what_it_exported(
@@ -176,7 +178,7 @@ def test_a_program_of_fsr_takes_any_batch(store: Callable[[str], str], tmp_path:
     assert str(ROOT).encode() not in file.read_bytes()
 
 
-@pytest.mark.parametrize("cell", ["fsr", "normal"])
+@pytest.mark.parametrize("cell", ["fsr", pytest.param("normal", marks=pytest.mark.slow)])
 def test_onnxruntime_gives_the_same_logits(store: Callable[[str], str], shell: Callable, cell: str) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)

@@ -129,7 +129,7 @@ def test_compare_runs_from_its_own_folder(demo: Path) -> None:
     assert not any(key.startswith(("data.", "model.", "paths.", "trainer.max_epochs")) for key in changed)
 
 
-@pytest.mark.parametrize("name", ["first_tour", "compare_runs"])
+@pytest.mark.parametrize("name", ["first_tour", pytest.param("compare_runs", marks=pytest.mark.slow)])
 def test_without_the_demo_one_line_says_what_to_do(name: str, tmp_path: Path) -> None:
     notebook = read(name)
     with pytest.raises(CellExecutionError):

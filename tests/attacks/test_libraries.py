@@ -116,7 +116,7 @@ def autoattack_by_hand(net, images, labels, k, chunk, norm, seed, prepare=lambda
     return torch.cat(right).numpy(), advs
 
 
-@pytest.mark.parametrize(("k", "norm"), [(5, "linf"), (10, "linf"), (10, "l2")])
+@pytest.mark.parametrize(("k", "norm"), [pytest.param(5, "linf", marks=pytest.mark.slow), (10, "linf"), (10, "l2")])
 def test_autoattack_standard_is_pyautoattack_on_each_chunk(k, norm):
     """With 10 classes nothing at all is set by hand but norm, eps and seed."""
     found, returned, images, labels, judge = judged(
@@ -131,7 +131,7 @@ def test_autoattack_standard_is_pyautoattack_on_each_chunk(k, norm):
     assert judge.outside == {"natural": 0, "a": 0}
 
 
-@pytest.mark.parametrize("k", [2, 3, 5])
+@pytest.mark.parametrize("k", [pytest.param(2, marks=pytest.mark.slow), 3, 5])
 def test_a_list_of_attacks_has_one_start_each(k):
     attack = AutoAttack(eps=EPS["linf"], version=["apgd-ce", "square"], queries=40)
     assert attack.cost == 1800.0
@@ -147,7 +147,7 @@ def test_a_list_of_attacks_has_one_start_each(k):
     assert all(torch.equal(a, b) for a, b in zip(returned, advs, strict=True))
 
 
-@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("k", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_with_up_to_three_classes_standard_is_apgd_ce_and_square(k):
     standard = judged(AutoAttack(eps=EPS["linf"], queries=60), k)
     listed = judged(AutoAttack(eps=EPS["linf"], queries=60, version=["apgd-ce", "square"]), k)
@@ -162,7 +162,15 @@ def test_attacks_that_three_classes_do_not_have_are_refused(version):
 
 
 @pytest.mark.parametrize(
-    ("version", "k"), [("apgd-dlr", 5), ("fab", 5), (["apgd-t", "fab-t"], 5), ("rand", 3), ("square", 5)], ids=str
+    ("version", "k"),
+    [
+        ("apgd-dlr", 5),
+        ("fab", 5),
+        (["apgd-t", "fab-t"], 5),
+        pytest.param("rand", 3, marks=pytest.mark.slow),
+        ("square", 5),
+    ],
+    ids=str,
 )
 def test_other_versions_run_within_the_ball(version, k):
     attack = AutoAttack(eps=EPS["linf"], version=version, queries=20)

