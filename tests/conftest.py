@@ -38,13 +38,17 @@ def _grouped(groups: tuple[str, ...], command: str) -> DictConfig:
 
 
 def composed(*overrides: str, command: str = "train") -> DictConfig:
-    """As the command line composes, groups first, then values; the groups' files are read once for all tests."""
+    """As the command line composes, groups first, then values; the groups' files are read once for all tests.
+
+    Hydra itself is asked where a key is not there, or is null.
+    """
     groups = tuple(o for o in overrides if "." not in o.split("=")[0] and (CONF / o.split("=")[0]).is_dir())
     cfg = copy.deepcopy(_grouped(groups, command))
     for override in overrides:
         if override not in groups:
             parsed = OverridesParser.create().parse_override(override)
-            assert OmegaConf.select(cfg, parsed.key_or_group, default="") != "", parsed.key_or_group
+            if OmegaConf.select(cfg, parsed.key_or_group, default="") == "":
+                return config.compose(overrides, command)
             OmegaConf.update(cfg, parsed.key_or_group, parsed.value(), merge=False)
     return cfg
 

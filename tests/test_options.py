@@ -557,7 +557,7 @@ def values(cfg: DictConfig, *keys: str) -> list[Any]:
 
 
 def cell(*overrides: str) -> DictConfig:
-    return config.resolve(config.compose(list(overrides)))
+    return config.resolve(conftest.composed(*overrides))
 
 
 def step_size(cfg: DictConfig) -> float:

@@ -166,6 +166,7 @@ def test_auditing_runs(shell: Shell, store: str, line: Line) -> None:
     assert done.code in (0, 3), done  # so little training fails a check or another
 
 
+@pytest.mark.slow  # tests/test_export.py
 @pytest.mark.parametrize("line", of("export"), ids=ids)
 def test_exporting_runs(shell: Shell, store: str, line: Line) -> None:
     assert shell("export", f"run={store}", "to=model.pt2").code == 0

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.conftest import refused
+from tests.conftest import composed, refused
 from tests.test_matrix import BASES, DEFENSES
 from torch import Tensor, nn
 
@@ -79,7 +79,7 @@ def build(*overrides: str, model: str) -> RobustModule:
     if "defense=cure" in overrides:
         small += ["defense.rate=1", "defense.decay=0.5"]
     words = [f"model={model}", "schedule=constant", "trainer=cpu", *small, *overrides]
-    module = build_module(compose(words)).double()
+    module = build_module(composed(*words)).double()
     if module.ema is not None:
         module.ema.restart()
     return module.train()
@@ -128,7 +128,7 @@ def cells() -> tuple[dict[str, RobustModule], dict[str, dict[str, Tensor]]]:
     return modules, {name: steps(copy.deepcopy(module), 0, 1) for name, module in modules.items()}
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_steps_of_ranks_are_those_of_one_process_on_the_joint_batch(world: int, tmp_path: Path) -> None:
     """The last batch in unequal shares (3 and 4; 2, 2 and 3); each rank crafts its own images."""
     modules, alone = cells()

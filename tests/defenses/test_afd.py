@@ -12,11 +12,12 @@ import torch.nn.functional as F
 import yaml
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
+from tests import conftest
 from tests.defenses.test_gradients import Loader, hand_pgd, images
 from torch import nn
 
 from redoubt.build import build_module
-from redoubt.config import compose, resolve
+from redoubt.config import resolve
 from redoubt.data import Batch
 from redoubt.defenses.gradients import LossScale
 from redoubt.errors import UserError
@@ -30,7 +31,7 @@ BASES = ["at", "trades", "mart"]
 
 @functools.cache
 def composed(*overrides):
-    return resolve(compose(list(overrides)))
+    return resolve(conftest.composed(*overrides))
 
 
 def build(*overrides, defense="afd", model="cnn_small", base="at", data="digits"):
@@ -326,10 +327,10 @@ def test_parameter_counts(model, trained, merged):
 @pytest.mark.parametrize(
     ("model", "more"),
     [
-        ("vgg16", ()),
-        ("preact_resnet18", ()),
+        pytest.param("vgg16", (), marks=pytest.mark.slow),
+        pytest.param("preact_resnet18", (), marks=pytest.mark.slow),
         ("torchvision", ("model.name=shufflenet_v2_x0_5",)),
-        ("torchvision", ("model.name=mobilenet_v3_small",)),
+        pytest.param("torchvision", ("model.name=mobilenet_v3_small",), marks=pytest.mark.slow),
     ],
 )
 def test_other_nets(model, more):
@@ -777,7 +778,7 @@ def test_what_is_refused_in_one_line(override, says):
 
 @functools.cache
 def resolved(*overrides):
-    return resolve(compose(["defense=afd", *overrides]))
+    return resolve(conftest.composed("defense=afd", *overrides))
 
 
 def greek_of(cfg):

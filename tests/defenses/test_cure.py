@@ -13,9 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from scipy import stats
+from tests import conftest
 
 from redoubt.build import build_module
-from redoubt.config import compose, resolve
+from redoubt.config import resolve
 from redoubt.data import Batch
 from redoubt.defenses.cure import EXEMPT, classifier, masked_names, stem, threshold
 from redoubt.errors import UserError
@@ -34,7 +35,9 @@ AXES = ("model", "base", "defense", "optimizer")
 
 @functools.cache
 def composed(*axes):
-    return compose(["data=digits", "schedule=constant", "trainer=cpu", "threat.eps=8/255", "inner.steps=2", *axes])
+    return conftest.composed(
+        "data=digits", "schedule=constant", "trainer=cpu", "threat.eps=8/255", "inner.steps=2", *axes
+    )
 
 
 @functools.cache
@@ -1097,7 +1100,7 @@ def test_shares_are_logged_in_the_first_and_the_last_epoch(criterion, epochs, wa
 
 
 def cell(*overrides):
-    return resolve(compose(list(overrides)))
+    return resolve(conftest.composed(*overrides))
 
 
 @pytest.mark.parametrize(

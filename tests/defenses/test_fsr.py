@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tests import conftest
 from torch import nn
 
 from redoubt.build import build_module
-from redoubt.config import compose
 from redoubt.defenses.fsr import FSRLayer, bottleneck, gumbel_difference
 from redoubt.defenses.gradients import Share
 from redoubt.errors import UserError
@@ -20,7 +20,7 @@ from redoubt.errors import UserError
 
 @functools.cache
 def composed(*overrides):
-    return compose(list(overrides))
+    return conftest.composed(*overrides)
 
 
 def build(*overrides, defense="fsr", model="resnet_small", data="digits", base="at"):
@@ -495,7 +495,7 @@ def test_nets_that_no_line_was_written_for(options):
     if options[0] == "model=timm":
         pytest.importorskip("timm")
     module = build_module(
-        compose(["defense=fsr", "base=trades", "data=cifar10", "data.source=fake", "inner.steps=1", *options])
+        composed("defense=fsr", "base=trades", "data=cifar10", "data.source=fake", "inner.steps=1", *options)
     ).train()
     assert len(module.layers) == 1
     x, y = batch(4, 32)

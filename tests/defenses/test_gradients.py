@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from tests import conftest
 from torch import nn
 
 from redoubt.build import build_module
@@ -22,7 +23,7 @@ from redoubt.rng import generator
 
 @functools.cache
 def composed(*overrides):
-    return compose(["data=digits", "schedule=constant", "trainer=cpu", *overrides])
+    return conftest.composed("data=digits", "schedule=constant", "trainer=cpu", *overrides)
 
 
 def build(*overrides, defense="none", model="cnn_small", base="at"):

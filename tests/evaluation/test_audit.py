@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from tests.conftest import refused
+from tests.conftest import composed, refused
 from torch import Tensor
 
 from redoubt import config, jobs
@@ -52,7 +52,7 @@ LIGHT = (
 
 
 def keys(*overrides: str) -> dict[str, Any]:
-    return plain(config.compose([*QUICK, *overrides], "audit").audit)
+    return plain(composed(*QUICK, *overrides, command="audit").audit)
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +333,7 @@ def test_bad_input_is_one_line(redoubt_audit: Any) -> None:
 
 
 def module_of(defense: str, *overrides: str) -> RobustModule:
-    cfg = config.compose([f"defense={defense}", "model=resnet_small", "data=digits", "data.image_size=8", *overrides])
+    cfg = composed(f"defense={defense}", "model=resnet_small", "data=digits", "data.image_size=8", *overrides)
     torch.manual_seed(0)
     module = jobs.build_module(cfg).eval()
     with torch.no_grad():  # away from the identity and from equal twins

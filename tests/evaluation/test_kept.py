@@ -14,6 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from tests import conftest
 from torch import nn
 
 from redoubt import config
@@ -187,7 +188,7 @@ def composed(*options):
     small = ["model=cnn_small", "data=digits", "data.source=fake", "data.image_size=8", "data.limit_test=10",
              "evaluation.chunk=4", "trainer=cpu", "trainer.progress=false"]  # fmt: skip
     suite = () if any(o.startswith("attack=") for o in options) else SUITE
-    return config.resolve(config.compose([*small, *suite, *options]))
+    return config.resolve(conftest.composed(*small, *suite, *options))
 
 
 @pytest.fixture

@@ -115,8 +115,11 @@ def test_a_stored_evaluation_is_answered(again: Any, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "option",
-    ["attack.eps=0.05", "attack.attacks.pgd20.steps=21", "evaluation.chunk=3", "evaluation.seed=1",
-     "data.limit_test=11", "attack.ensemble=false", "evaluation.checkpoint=best"],
+    ["attack.eps=0.05", "evaluation.checkpoint=best",
+     *(pytest.param(option, marks=pytest.mark.slow) for option in (
+        "attack.attacks.pgd20.steps=21", "evaluation.chunk=3", "evaluation.seed=1", "data.limit_test=11",
+        "attack.ensemble=false",
+     ))],
 )  # fmt: skip
 def test_another_evaluation_of_the_same_run(again: Any, option: str) -> None:
     run, first = again()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.conftest import composed
 from torch import nn
 
 from redoubt import config
@@ -73,7 +74,11 @@ def rewrite(where, name, *rows):
 
 @pytest.mark.parametrize(
     ("kind", "options", "threads"),
-    [("float32", [], 1), ("float32", ["evaluation.chunk=3"], 2), ("uint8", ["evaluation.chunk=7"], 1)],
+    [
+        pytest.param("float32", [], 1, marks=pytest.mark.slow),
+        ("float32", ["evaluation.chunk=3"], 2),
+        pytest.param("uint8", ["evaluation.chunk=7"], 1, marks=pytest.mark.slow),
+    ],
 )
 def test_another_chunk_and_thread_count_change_nothing(folder, shell, kind, options, threads):
     where = evaluation(folder, kind)
@@ -114,7 +119,7 @@ def test_a_flipped_verdict_is_reported(folder, shell):
     assert json.loads((where / "rescored.json").read_text())["attacks"]["pgd20"]["changed"] == flipped
 
 
-@pytest.mark.parametrize("kind", ["float32", "uint8"])
+@pytest.mark.parametrize("kind", ["float32", pytest.param("uint8", marks=pytest.mark.slow)])
 def test_an_image_outside_of_the_ball_is_reported(folder, shell, kind):
     where = evaluation(folder, kind)
     record = json.loads((where / "attack.json").read_text())
@@ -200,7 +205,7 @@ def saved(tmp_path):
     """An evaluation of a Linear net: (folder, data)."""
 
     def run(scale=1.0, *options):
-        cfg = config.resolve(config.compose([*SMALL, "attack=fgsm", "evaluation.save=float32", *options]))
+        cfg = config.resolve(composed(*SMALL, "attack=fgsm", "evaluation.save=float32", *options))
         data = build_data(cfg)
         facts = {"run": "r", "axes": {}, "checkpoint": "last", "weights": "student", "train_seconds": 1.0}
         where = {"weights_id": "w", "folder": tmp_path, "device": CPU}

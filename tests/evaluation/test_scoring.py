@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.conftest import refused
+from tests.test_steps_of_ranks import on_ranks
 from torch import nn
 
 from redoubt import config
@@ -332,54 +331,19 @@ def everything(folder, rank):
     return verdicts
 
 
-#: Imports once and forks: importing torch takes seconds.
-FORKS = """
-import os, sys, traceback
-from pathlib import Path
-import torch, torch.distributed as dist, json
-from tests.evaluation.test_scoring import everything
-os.fsync = lambda fd: None  # hundreds of lines
-folder, worlds = Path(sys.argv[1]), [int(w) for w in sys.argv[2:]]
-codes = []
-for world in worlds:
-    there = folder / str(world)
-    there.mkdir()
-    children = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid:
-            children.append(pid)
-            continue
-        code = 1
-        try:
-            if world > 1:
-                dist.init_process_group("gloo", init_method=f"file://{there}/meet", rank=rank, world_size=world)
-            (there / f"verdicts-{rank}.json").write_text(json.dumps(everything(there, rank)))
-            if world > 1:
-                dist.barrier()
-                dist.destroy_process_group()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(code)
-    codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-sys.exit(max(map(abs, codes)))
-"""
-
-
-def test_every_example_once_on_one_two_and_three_processes(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", FORKS, str(tmp_path), "1", "2", "3"], env=env, cwd=ROOT, capture_output=True, text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    alone = json.loads((tmp_path / "1/verdicts-0.json").read_text())
+def test_every_example_once_on_one_two_and_three_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # of hundreds of lines
+    found = {}
+    for world in (1, 2, 3):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        found[world] = on_ranks(world, folder, lambda rank, there=folder: everything(there, rank))
+    (alone,) = found[1]
     assert any(False in v["start"] and True in v["start"] for v in alone.values())
     for world in (1, 2, 3):
         folder = tmp_path / str(world)
         for rank in range(world):
-            assert json.loads((folder / f"verdicts-{rank}.json").read_text()) == alone, (world, rank)
+            assert found[world][rank] == alone, (world, rank)
         for n in SIZES:
             for chunk in CHUNKS:
                 files = [folder / f"calls-{n}-{chunk}-{rank}.json" for rank in range(world)]

@@ -11,6 +11,7 @@ import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from tests import conftest
 
 from redoubt import config
 from redoubt.attacks import AutoAttack, MultiTargeted, NAttack, TorchAttacks, WhiteBox
@@ -30,7 +31,7 @@ NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 @functools.cache
 def composed(*groups):
-    return config.compose(list(groups))
+    return conftest.composed(*groups)
 
 
 @functools.cache
