@@ -36,7 +36,7 @@ test-all: setup  ## every test
 KILLS ?= 40
 
 faults: setup  ## inject every fault of the README's table (KILLS=200: as many kills)
-	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(PY) -m pytest tests/faults -n 2 --dist loadfile $(ORDER)
+	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(PY) -m pytest tests/faults -n 2 --dist worksteal $(ORDER)
 
 lint: setup  ## ruff and mypy
 	.venv/bin/ruff check src tests benchmarks notebooks
