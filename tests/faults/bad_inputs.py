@@ -267,7 +267,7 @@ VALUES = [
     case("train trainer.checkpoint_every=0", "trainer.checkpoint_every=0", "null"),
     case("train trainer.fast_dev_run=2", "trainer.fast_dev_run=2", "true or false"),
     case("train trainer.progress=x", "trainer.progress='x'"),
-    case("train trainer=cpu trainer=3", "trainer=3", "trainer.accelerator="),
+    case("train trainer=cpu trainer=3", "trainer=3"),
     case("train paths.outputs=", "paths.outputs=''", "text"),
     case("train paths.outputs=null", "paths.outputs=null", "text"),
     case("train paths.outputs=[a]", "paths.outputs=['a']", "text"),
