@@ -24,8 +24,8 @@ from redoubt.training import trainer as trainer_module
 ROW = "bad input: words, values, data, weights, runs, sweeps, reports"
 #: What is composed once for all values.
 GROUPS = ("threat", "defense", "base", "model", "data", "attack", "inner", "ema", "optimizer")
-#: Topics, how they are given (`Values`, `Words`, or as typed, which costs ten times as much), and every how manyth case
-#: is not slow.
+#: Topics, how they are given (`Values`, `Words`, or as typed, which costs ten times as much), and n: one case in n is
+#: not slow.
 TOPICS = (
     (bad_inputs.VALUES, "values", 2),
     (bad_inputs.DATA, "values", 1),
