@@ -191,6 +191,8 @@ def product(overrides: Iterable[Override]) -> list[list[str]]:
             choices.append([f"{key}={override.get_value_element_as_str()}"])
         elif override.is_discrete_sweep():
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            if not choices[-1]:
+                raise UserError(f"{override.input_line}: it has no value: give at least one")
         else:
             raise UserError(f"{key}: an interval has no list of values: take hydra/sweeper=optuna, or range(0,10)")
     return [list(cell) for cell in itertools.product(*choices)]

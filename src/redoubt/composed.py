@@ -33,6 +33,8 @@ _REFUSED = {
     "hydra.job.env_copy": "set the environment in the shell",
     "hydra.output_subdir": "a run's folder holds its config, without secrets",
 }
+#: Folders that Hydra makes; runs and sweeps lie under paths.outputs.
+_FOLDERS = {"run.dir": ".", "sweep.dir": "${paths.outputs}/sweeps", "sweep.subdir": ".", "job.chdir": False}
 _SHELL = "hydra.launcher.setup"
 
 
@@ -75,6 +77,11 @@ class Loader(ConfigLoaderImpl):
         tree = opened(cfg)
         check(tree, self.folders)
         self._check_hydra(tree["hydra"], overrides)
+        for key, ours in _FOLDERS.items():
+            section, _, name = key.partition(".")
+            as_written: Any = OmegaConf.to_container(cfg.hydra[section])
+            if as_written.get(name) not in (None, ours):
+                raise UserError(f"hydra.{key} is not taken: runs and sweeps lie where paths.outputs says")
         if "submitit" in str(tree["hydra"].get("launcher")):
             as_given: Any = OmegaConf.to_container(cfg)
             hydras = as_given.pop("hydra")

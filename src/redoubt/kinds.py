@@ -33,9 +33,9 @@ def positive(value: Any, key: str) -> Any:
     return _plain(value, found)
 
 
-def whole(least: int | None = None) -> Kind:
+def whole(least: int | None = None, most: int = 2**63 - 1) -> Kind:
     """A whole number."""
-    return lambda value, key: as_whole(value, key, least)
+    return lambda value, key: as_whole(value, key, least, most)
 
 
 def flag(value: Any, key: str) -> Any:

@@ -32,8 +32,8 @@ def as_number(value: float | str, key: str) -> float:
     return number
 
 
-def as_whole(value: float | str, key: str, least: int | None = 1) -> int:
-    """A whole number of at least ``least``, of 64 bits.
+def as_whole(value: float | str, key: str, least: int | None = 1, most: int = 2**63 - 1) -> int:
+    """A whole number of at least ``least`` and at most ``most``.
 
     Raises:
         UserError: It is none; the message names ``key``.
@@ -45,8 +45,8 @@ def as_whole(value: float | str, key: str, least: int | None = 1) -> int:
     if number != number // 1 or (least is not None and number < least):
         limit = "" if least is None else f" of at least {least}"
         raise UserError(f"{key}={shown(value)} must be a whole number{limit}")
-    if abs(number) >= 2**63:
-        raise UserError(f"{key}={shown(value)} is too large: give a whole number below 2**63")
+    if not -(2**63) <= number <= most:
+        raise UserError(f"{key}={shown(value)} is too large: take at most {'2**63 - 1' if most == 2**63 - 1 else most}")
     return value if isinstance(value, int) else int(number)
 
 

@@ -156,6 +156,7 @@ FLAGS = [
     case("train --config-dir nowhere", "--config-dir=", "nowhere", "no such folder"),
     case("train --config-dir file", "--config-dir", "no such folder", prepare=lambda folder: (folder / "file").touch()),
     case("train --config-name mine", "--config-name", "--config-dir"),
+    case("train hydra.job.chdir=true", "hydra.job.chdir", "paths.outputs"),
     case("train --cfg everything", "--cfg", "everything"),
 ]
 
@@ -226,6 +227,7 @@ VALUES = [
     case("train seed=true", "seed=true", "whole number"),
     case("train seed=1.5", "seed=1.5", "whole number"),
     case("train seed=1e30", "seed=1e+30", "too large"),
+    case("train data.image_size=100000000", "data.image_size=100000000", "at most 2048"),
     case(f"train seed={10**400}", "seed=1000", "whole number"),
     case("train optimizer.lr=-1", "optimizer.lr=-1"),
     case("train optimizer.lr=fast", "optimizer.lr='fast'"),
@@ -659,6 +661,7 @@ SWEEPS = [
     case("train -m optimizer.lrr=1,2", "optimizer.lrr", "did you mean lr"),
     case("train -m defense=fsrr,none", "defense=fsrr", "did you mean fsr"),
     case("train -m attack=pgd20,pgd21", "attack=pgd21", "pgd20"),
+    case("train -m 'seed=range(0)'", "seed=range(0)", "at least one"),
     case("train -m 'seed=interval(0,3)'", "seed: an interval", "hydra/sweeper=optuna"),
     case("train -m hydra/launcher=jobli seed=1,2", "hydra/launcher=jobli", "joblib"),
     case(f"{SEARCH} seed=1", "nothing to search", "interval(a,b)"),

@@ -218,6 +218,8 @@ HYDRA = [
                "hydra: {job_logging: {root: {handlers: [evil]}, handlers: {evil: {class: logging.FileHandler, "
                "filename: '${oc.env:CANARY}'}}}}"),
     experiment("hydra.job.env_set", "hydra: {job: {env_set: {LD_PRELOAD: hostile.so}}}"),
+    experiment("hydra.run.dir", "hydra: {run: {dir: '${oc.env:CANARY}'}, job: {chdir: true}}"),
+    experiment("hydra.sweep.dir", "hydra: {sweep: {dir: '${oc.env:CANARY}'}}"),
     Case("hydra.launcher.setup", ("-m", "experiment=evil", "hydra/launcher=slurm"),
          {"experiment/evil.yaml": "# @package _global_\nhydra: {launcher: {setup: ['touch ${oc.env:CANARY}']}}"}),
     Case("hydra.sweeper.params", ("-m", "sweep=evil"),

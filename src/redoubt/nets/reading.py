@@ -63,10 +63,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        _check_crc(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd pickles, which end in the errors below
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch_content(path)
     except Exception as error:  # foreign bytes end in UnpicklingError, EOFError, OSError, KeyError, anything
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(
@@ -74,6 +71,18 @@ def _read_torch(path: Path) -> Any:
                 "not read because it could run code: where it was made, save model.state_dict() alone"
             ) from error
         raise UserError(f"{path}: no torch file, or cut short ({_brief(error)}): copy it again") from error
+
+
+def torch_content(path: Path) -> Any:
+    """What a torch file holds, on the CPU: tensors and plain containers, nothing in it is executed.
+
+    Raises:
+        Exception: Any of a dozen kinds, where it is damaged, foreign, or holds more than that.
+    """
+    _check_crc(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd pickles, which end in an error
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_crc(path: Path) -> None:

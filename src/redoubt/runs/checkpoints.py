@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from redoubt.errors import UserError
+from redoubt.nets.reading import torch_content
 from redoubt.runs.files import atomic, sha256, write_text
 from redoubt.runs.store import Run
 
@@ -78,7 +79,7 @@ def write_checkpoint(content: dict[str, Any], path: Path, previous: Path | None 
         if sha256(temporary) != written:
             raise OSError(errno.EIO, "what was read back is not what was written")
         # Between any two of these steps a whole checkpoint stands under `path` or `previous` with its own checksum.
-        before = _stated(path)
+        before = _stated(path) or []
         write_text(checksum_file(path), _lines([written, *before], path))
         if previous is not None and path.is_file():
             write_text(checksum_file(previous), _lines(before or [sha256(path)], previous))
@@ -94,11 +95,13 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """
     try:
         stated = _stated(file)
-        if stated and sha256(file) not in stated:
+        if stated is not None and sha256(file) not in stated:
             raise ValueError("its SHA-256 is not the one beside it")
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises any of a dozen kinds
+        content = torch_content(file)
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        if "weights_only" in reason:
+            reason = "no torch file, or one that holds more than tensors and plain containers"
         raise UserError(f"{file} is not a readable checkpoint ({reason}): remove it or restore it") from error
     found = content if isinstance(content, dict) else {}
     run = found.get("run", {})
@@ -128,7 +131,10 @@ def newest(run: Run) -> tuple[Path, dict[str, Any]] | None:
         if not run.previous.is_file():
             raise
         file = run.previous
-        content = read_checkpoint(file)
+        try:
+            content = read_checkpoint(file)
+        except UserError as other:
+            raise UserError(f"{error}; {other}") from other
         if run.last.is_file():  # else a process died between two renames: nothing is wrong
             aside = run.last.with_name("damaged.ckpt")
             os.replace(run.last, aside)
@@ -148,10 +154,10 @@ def _lines(digests: Sequence[str], path: Path) -> str:
     return "".join(f"{digest}  {path.name}\n" for digest in digests)
 
 
-def _stated(path: Path) -> list[str]:
-    """The SHA-256 that stands beside a checkpoint; two where a process died while it was replaced, none in old runs."""
+def _stated(path: Path) -> list[str] | None:
+    """The SHA-256 that stands beside a checkpoint, two where a process died while it was replaced; None: no file."""
     try:
         stated = checksum_file(path).read_text(errors="replace")  # it may be damaged too
         return [line.split()[0] for line in stated.splitlines() if line.strip()]
     except FileNotFoundError:
-        return []
+        return None
