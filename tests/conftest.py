@@ -53,6 +53,12 @@ def composed(*overrides: str, command: str = "train") -> DictConfig:
     return cfg
 
 
+def forget(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the next import read the package anew: another test may have had one of that name."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.fixture
 def outputs(tmp_path: Path) -> Path:
     return tmp_path / "outputs"

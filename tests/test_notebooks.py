@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from tests.conftest import forget
 
 from redoubt import config, jobs
 from redoubt.build import build_module
@@ -169,6 +170,7 @@ def test_the_new_defense_is_a_member_of_the_grid(
     (package / "defenses.py").write_text(source)
     (package / "conf" / "defense" / "alignment.yaml").write_text(yaml)
     (package / "conf" / "redoubt.allow").write_text(allow)
+    forget("my", monkeypatch)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(config, "search_path", [str(package / "conf")])
     words = [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import Shell
+from tests.conftest import Shell, forget
 
 from redoubt import config
 from redoubt.runs.files import read_rows
@@ -211,8 +211,7 @@ def test_a_package_of_ones_own_as_shown(shell: Shell, tmp_path: Path, monkeypatc
         images = numbers.integers(0, 256, (12, 3, 8, 8), dtype=np.uint8)
         np.savez(tmp_path / f"mine_{split}.npz", image=images, label=np.arange(12) % 3)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in [n for n in sys.modules if n.partition(".")[0] == "my"]:  # another test's
-        monkeypatch.delitem(sys.modules, name)
+    forget("my", monkeypatch)
     own = ("--config-dir", "my/conf", "defense=mine", "model=linear", "data=mine", "data.batch_size=6")
     quick = [w for w in QUICK if w != "data.source=fake"]
     done = shell("train", *own, *quick, "trainer.max_epochs=1", "attack=fgsm")
