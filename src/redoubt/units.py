@@ -46,7 +46,7 @@ def as_whole(value: float | str, key: str, least: int | None = 1, most: int = 2*
         limit = "" if least is None else f" of at least {least}"
         raise UserError(f"{key}={shown(value)} must be a whole number{limit}")
     if not -(2**63) <= number <= most:
-        raise UserError(f"{key}={shown(value)} is too large: take at most {'2**63 - 1' if most == 2**63 - 1 else most}")
+        raise UserError(f"{key}={shown(value)} is too large: take at most {most}")
     return value if isinstance(value, int) else int(number)
 
 

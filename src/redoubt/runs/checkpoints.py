@@ -97,11 +97,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         stated = _stated(file)
         if stated is not None and sha256(file) not in stated:
             raise ValueError("its SHA-256 is not the one beside it")
-        content = torch_content(file)
+        content = torch_content(file, crc=stated is None)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        if "weights_only" in reason:
-            reason = "no torch file, or one that holds more than tensors and plain containers"
         raise UserError(f"{file} is not a readable checkpoint ({reason}): remove it or restore it") from error
     found = content if isinstance(content, dict) else {}
     run = found.get("run", {})
