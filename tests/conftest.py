@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ def _grouped(groups: tuple[str, ...], command: str) -> DictConfig:
     return config.compose(groups, command)
 
 
+@functools.cache
+def parsed(override: str) -> tuple[str, Any]:
+    """(key, value) as Hydra reads it."""
+    found = OverridesParser.create().parse_override(override)
+    return found.key_or_group, found.value()
+
+
 def composed(*overrides: str, command: str = "train") -> DictConfig:
     """As the command line composes, groups first, then values; the groups' files are read once for all tests.
 
@@ -46,10 +54,10 @@ def composed(*overrides: str, command: str = "train") -> DictConfig:
     cfg = copy.deepcopy(_grouped(groups, command))
     for override in overrides:
         if override not in groups:
-            parsed = OverridesParser.create().parse_override(override)
-            if OmegaConf.select(cfg, parsed.key_or_group, default="") == "":
+            key, value = parsed(override)
+            if OmegaConf.select(cfg, key, default="") == "":
                 return config.compose(overrides, command)
-            OmegaConf.update(cfg, parsed.key_or_group, parsed.value(), merge=False)
+            OmegaConf.update(cfg, key, value, merge=False)
     return cfg
 
 

@@ -109,16 +109,15 @@ def half_way(w, b, x, y, norm):
     return float(grid[np.abs(np.array(robust) - 0.5).argmin()])
 
 
-@pytest.mark.parametrize(("nets", "least"), [(12, 1), pytest.param(20, 5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_multi_targeted_is_the_closed_form_on_linear_nets(norm, nets, least):
-    """Nets of 3 to 10 classes, 200 examples each: no verdict deviates, whatever start and number of steps.
+def test_multi_targeted_is_the_closed_form_on_linear_nets(norm):
+    """20 nets of 3 to 10 classes, 200 examples each: no verdict deviates, whatever start and number of steps.
 
     PGD on cross-entropy is the control: it never breaks a robust example, and misses some that can be broken (its
     direction mixes all classes), so that agreement is no matter of course.
     """
     missed = shares = overlooked = last = 0
-    for seed in range(nets):
+    for seed in range(20):
         border = (0, 256) if norm == "linf" else (90, 166)
         w, b, images, labels, x, net = linear_problem(seed, *border)
         y = labels.numpy()
@@ -150,13 +149,13 @@ def test_multi_targeted_is_the_closed_form_on_linear_nets(norm, nets, least):
         missed += (found["ce"] & (exact >= 0)).sum()
         overlooked += (found["first"] & (exact >= 0)).sum()
         last += (found["but_last"] & (exact >= 0)).sum()
-        shares += (exact < 0).mean() / nets
+        shares += (exact < 0).mean() / 20
         float32 = verdicts(Module(net.float()), images, labels, {"one": MultiTargeted(**common, steps=1, step=1.0)})
         np.testing.assert_array_equal(float32["one"], exact < 0, err_msg=f"float32, seed {seed}")
     assert 0.4 < shares < 0.65
-    assert missed > nets
-    assert overlooked > least, "one target does not do"
-    assert last > 0 or norm == "l2" or nets < 20, "the last target is needed too"
+    assert missed > 20
+    assert overlooked > 5, "one target does not do"
+    assert last > 0 or norm == "l2", "the last target is needed too"
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -9,7 +9,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from scipy import stats
@@ -40,13 +39,6 @@ def composed(*axes):
     )
 
 
-@functools.cache
-def parsed(override):
-    """(key, value) as Hydra reads it."""
-    found = OverridesParser.create().parse_override(override)
-    return found.key_or_group, found.value()
-
-
 def build(*overrides, defense="cure", model="resnet_small", sgd=SGD):
     """A module in training mode, in float64, so that no sign and no rank is a matter of rounding.
 
@@ -56,7 +48,7 @@ def build(*overrides, defense="cure", model="resnet_small", sgd=SGD):
     cfg = copy.deepcopy(composed(f"defense={defense}", f"model={model}", *axes))
     for override in (WIDTHS, *sgd, *overrides):
         if override not in axes:
-            OmegaConf.update(cfg, *parsed(override))
+            OmegaConf.update(cfg, *conftest.parsed(override))
     return build_module(cfg).double().train()
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from tests.conftest import Ended, Shell
+from tests.conftest import Ended, Shell, parsed
 from tests.faults import bad_inputs
 from tests.faults.bad_inputs import SMALL, Case
 
@@ -106,8 +105,7 @@ class Values:
         cfg = copy.deepcopy(composed(command, once))
         for word in words:
             if word not in once:
-                parsed = OverridesParser.create().parse_override(word)
-                OmegaConf.update(cfg, parsed.key_or_group, parsed.value(), merge=False)
+                OmegaConf.update(cfg, *parsed(word), merge=False)
         return cfg
 
 

@@ -55,6 +55,7 @@ def test_workers(workers: int, shell: Shell, sources: None, monkeypatch: pytest.
     trained = trainings(monkeypatch)
     again = shell(*[w for w in grid if not w.startswith("hydra")])
     assert (again.code, len(trained)) == (2, 1)
+    assert "cell 3 of 3" not in ended.out
 
 
 @pytest.mark.slow
