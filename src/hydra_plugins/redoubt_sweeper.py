@@ -141,7 +141,8 @@ class GridSweeper(BasicSweeper):
         except Exception as error:  # a worker was killed, and the others with it
             begun = {key for key in cells if sweep.record(key) != before[key]}
             if not begun and type(error).__module__.split(".")[0] in ("builtins", "submitit"):  # as without Slurm
-                raise UserError(f"hydra/launcher: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+                what = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"hydra/launcher: {what}; look through hydra.launcher.*") from error
             if not begun:
                 raise
             log.warning("the launcher broke off (%s): what it left is launched again", type(error).__name__)

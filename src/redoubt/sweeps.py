@@ -205,8 +205,8 @@ def find(outputs: Path | str, name: str | None = None) -> Sweep:
     fitting = fitting or [s for s in known if name is not None and s.name.startswith(name)]
     if len(fitting) != 1:
         there = f"there are {', '.join(s.name for s in known)}" if known else "train -m begins one"
-        said = f"{'means several' if fitting else 'no such sweep'} in {Path(outputs) / 'sweeps'} (paths.outputs)"
-        raise UserError(f"sweep={name or 'null'}: {said}: {there}")
+        said = "no sweep" if name is None else f"sweep={name} {'means several' if fitting else 'is none'}"
+        raise UserError(f"{said} in {Path(outputs) / 'sweeps'} (paths.outputs): {there}")
     return fitting[0]
 
 

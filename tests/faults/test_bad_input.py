@@ -26,14 +26,14 @@ GROUPS = ("threat", "defense", "base", "model", "data", "attack", "inner", "ema"
 #: Topics, how they are given (`Values`, `Words`, or as typed, which costs ten times as much), and n: one case in n is
 #: not slow.
 TOPICS = (
-    (bad_inputs.VALUES, "values", 2),
+    (bad_inputs.VALUES, "values", 3),
     (bad_inputs.DATA, "values", 1),
     (bad_inputs.WEIGHTS, "values", 4),
-    (bad_inputs.STORED, "values", 1),
+    (bad_inputs.STORED, "values", 2),
     (bad_inputs.WORDS, "words", 5),
     (bad_inputs.CONFIGS, "words", 3),
     (bad_inputs.FLAGS, "shell", 1),
-    (bad_inputs.COMMANDS, "shell", 1),
+    (bad_inputs.COMMANDS, "shell", 2),
     (bad_inputs.SWEEPS, "shell", 7),
 )
 PARAMETERS = [

@@ -64,6 +64,7 @@ def test_a_write_that_fails(interrupted: Interrupted, tmp_path: Path, share: flo
     assert outcome(tmp_path) == interrupted.expected
 
 
+@pytest.mark.slow
 @pytest.mark.fault("limit on the size of files", "refused")
 def test_a_limit_on_the_size_of_files(interrupted: Interrupted, tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
