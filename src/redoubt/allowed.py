@@ -176,7 +176,11 @@ def listed(folders: Iterable[str]) -> tuple[str, ...]:
     for folder in folders:
         listing = Path(folder) / "redoubt.allow"
         if listing.is_file():
-            lines = (line.partition("#")[0].strip() for line in listing.read_text(encoding="utf-8").splitlines())
+            try:
+                text = listing.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{listing} cannot be read ({error}): write it in UTF-8, a name per line") from error
+            lines = (line.partition("#")[0].strip() for line in text.splitlines())
             found += [line.rstrip(".") for line in lines if line]
     return tuple(found)
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra._internal import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
@@ -34,8 +36,17 @@ _REFUSED = {
     "hydra.output_subdir": "a run's folder holds its config, without secrets",
 }
 #: Folders that Hydra makes; runs and sweeps lie under paths.outputs.
-_FOLDERS = {"run.dir": ".", "sweep.dir": "${paths.outputs}/sweeps", "sweep.subdir": ".", "job.chdir": False}
-_SHELL = "hydra.launcher.setup"
+_FOLDERS = {
+    "run.dir": ".", "sweep.dir": "${paths.outputs}/sweeps", "sweep.subdir": ".", "job.chdir": False,
+    "launcher.submitit_folder": "${paths.outputs}/sweeps/.submitit/%j",
+}  # fmt: skip
+#: What a file may say of a launcher. Anything else, as setup or srun_args, may run what it says.
+_LAUNCHER = {
+    "account", "array_parallelism", "backend", "batch_size", "comment", "constraint", "cpus_per_gpu", "cpus_per_task",
+    "exclude", "gpus_per_node", "gpus_per_task", "gres", "max_num_timeout", "mem_gb", "mem_per_cpu", "mem_per_gpu",
+    "n_jobs", "name", "nodes", "partition", "pre_dispatch", "qos", "signal_delay_s", "stderr_to_stdout",
+    "submitit_folder", "tasks_per_node", "timeout_min", "verbose", "_target_",
+}  # fmt: skip
 
 
 @contextmanager
@@ -59,6 +70,7 @@ class Loader(ConfigLoaderImpl):
     def __init__(self, config_search_path: ConfigSearchPath, folders: Sequence[str]) -> None:
         super().__init__(config_search_path)
         self.folders = list(folders)
+        self.repository = Files(config_search_path)
 
     def load_configuration(self, config_name: Any, overrides: list[str], *rest: Any, **options: Any) -> DictConfig:
         """See Hydra.
@@ -96,12 +108,16 @@ class Loader(ConfigLoaderImpl):
         for key, instead in _REFUSED.items():
             if values.get(key):
                 raise UserError(f"{key} is not taken: {instead}")
-        said = any(o.lstrip("+").startswith(f"{_SHELL}=") for o in overrides)
-        if values.get(_SHELL) and not said and _SHELL not in listed(self.folders):
-            raise UserError(
-                f"{_SHELL} holds shell commands: give it on the command line, or allow it by a line {_SHELL} of a file "
-                "redoubt.allow in your --config-dir"
-            )
+        typed = tuple(o.lstrip("+").partition("=")[0] for o in overrides)
+        launcher: Mapping[str, Any] = tree.get("launcher") or {}
+        for name in launcher.keys() - _LAUNCHER:
+            key = f"hydra.launcher.{name}"
+            said = any(f"{word}.".startswith(f"{key}.") for word in typed)
+            if launcher[name] and not said and key not in listed(self.folders):
+                raise UserError(
+                    f"{key} may hold commands: give it on the command line, or allow it by a line {key} of a file "
+                    "redoubt.allow in your --config-dir"
+                )
         for key, value in values.items():
             section, _, name = key.removeprefix("hydra.").partition(".")
             last = name.rpartition(".")[2]
@@ -122,6 +138,31 @@ class Loader(ConfigLoaderImpl):
             if override.get_key_element() == "hydra.searchpath" and "pkg://" in str(override.value()):
                 raise UserError(f"{override.input_line}: packages are not taken: give a folder, as --config-dir")
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+
+class Files(ConfigRepository):
+    """Hydra's files of configs. One whose anchors unfold without end is refused before OmegaConf unfolds them."""
+
+    def load_config(self, config_path: str) -> Any:
+        """See Hydra.
+
+        Raises:
+            UserError: The file's tree has no end, or as good as none.
+        """
+        for source in self.sources:
+            if source.scheme() == "file" and source.is_config(config_path):
+                file = Path(source.path, source._normalize_file_name(config_path))
+                text = file.read_bytes()
+                if b"&" in text and b"*" in text:
+                    try:
+                        for _ in nodes(yaml.safe_load(text)):
+                            pass
+                    except UserError as error:
+                        raise UserError(f"{file}: {error}") from error
+                    except (yaml.YAMLError, RecursionError, ValueError):
+                        pass  # said where it is read
+                break
+        return super().load_config(config_path)
 
 
 def _check_secrets(trees: Sequence[Any]) -> None:

@@ -24,6 +24,7 @@ from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import CheckFailed, UserError
+from redoubt.evaluation.audit import radius
 from redoubt.evaluation.audits import audited
 from redoubt.evaluation.record import Source, evaluate
 from redoubt.evaluation.rescore import objections, rescore
@@ -39,7 +40,7 @@ from redoubt.runs.store import Run, Store
 from redoubt.secrets import HIDDEN
 from redoubt.sweeps import judges
 from redoubt.training.distributed import leave, ranks, together
-from redoubt.training.stopping import Stopped, requests, requeue, requeue_signal
+from redoubt.training.stopping import Stopped, no_other_exit, requests, requeue, requeue_signal
 from redoubt.training.trainer import accelerator, check_machine, devices, make_trainer
 
 console = Console()
@@ -55,7 +56,8 @@ def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     torch.set_float32_matmul_precision("highest")
     number = requeue_signal()
     try:
-        with requests.heard(*([number] if number else [])), _connected(cfg), together(facts(command, cfg)):
+        asked_to = requests.heard(*([number] if number else []))
+        with asked_to, _connected(cfg), together(facts(command, cfg)), no_other_exit():
             return {"train": train, "eval": evaluate_only, "audit": audit}[command](cfg, overrides)
     except Stopped as stopped:  # what is to be kept is kept
         asked = int(stopped.code or 0) - 128
@@ -73,11 +75,17 @@ def _connected(cfg: DictConfig) -> Iterator[None]:
     if processes(cfg) == 1 and int(cfg.trainer.num_nodes) == 1 and not launched.started_by_launcher():
         yield
         return
-    wanted = devices(cfg) * int(cfg.trainer.num_nodes)
+    machines = int(cfg.trainer.num_nodes)
+    if machines > 1 and not launched.started_by_launcher() and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"trainer.num_nodes={machines}: nothing says where the others are, and waiting for them has no end: start "
+            f"it by torchrun --nnodes={machines} or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
+        )
+    wanted = devices(cfg) * machines
     started = int(os.environ.get("WORLD_SIZE") or launched.slurm_tasks() or wanted)
     if started != wanted:
         raise UserError(
-            f"trainer.devices={devices(cfg)} on trainer.num_nodes={cfg.trainer.num_nodes} are {wanted} processes, but "
+            f"trainer.devices={devices(cfg)} on trainer.num_nodes={machines} are {wanted} processes, but "
             f"{started} were started: set these keys as torchrun's or srun's"
         )
     threads = torch.get_num_threads()
@@ -231,6 +239,7 @@ def audit(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         module, which = build_module(cfg), str(cfg.checkpoint)
         load_backbone(module.net, Path(which))
         name, folder, weights_id = Path(which).stem, Path(cfg.paths.outputs), _weights_id(module, cfg)
+    radius(suite(plain(cfg.attack)))  # before the natural twin is trained
     data = _data(cfg)
     facts = {"run": name, "checkpoint": which, "weights": str(cfg.evaluation.weights)}
     source = None

@@ -307,8 +307,10 @@ def test_a_failed_audit_ends_with_exit_code_3_and_marks_the_results(
 
 
 @pytest.mark.parametrize("attack", ["none", "corruptions"])
-def test_a_suite_without_a_ball_is_refused(redoubt_audit: Any, attack: str) -> None:
-    refused(lambda: redoubt_audit("audit.source=null", f"attack={attack}"), "take a suite with attacks and an eps")
+def test_a_suite_without_a_ball_is_refused(own: Any, redoubt_audit: Any, attack: str) -> None:
+    before = {path.name for path in own[2].folder.parent.iterdir()}
+    refused(lambda: redoubt_audit(f"attack={attack}"), "take a suite with attacks and an eps")
+    assert {path.name for path in own[2].folder.parent.iterdir()} == before, "the natural twin is not trained for that"
 
 
 def test_a_suite_of_one_step_is_not_taken_for_another(trained: Any, honest: RobustModule) -> None:

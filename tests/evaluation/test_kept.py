@@ -454,6 +454,18 @@ def test_saved_examples_are_what_was_scored(evaluated, calls, labelled, tmp_path
     assert calls == [(1, "pgd20", 6)]
 
 
+def test_pictures_that_are_none_are_left_out(evaluated, tmp_path):
+    evaluated()
+    kept = tmp_path / "eval" / "kept"
+    for number, file in enumerate(sorted(kept.glob("*.shown.npz"))):
+        if number % 2:
+            np.savez(file, x=np.zeros(3))
+        else:
+            file.write_bytes(b"PK")
+    results, _ = evaluated("evaluation.skip_broken=true")
+    assert Evaluation(tmp_path / "eval" / results["evaluation"], results).examples() is None
+
+
 def test_float32_examples_belong_to_the_evaluation_without_and_are_made_later(evaluated, calls):
     first, verdicts = evaluated()
     calls.clear()

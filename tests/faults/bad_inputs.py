@@ -10,6 +10,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,6 +176,16 @@ def experiment(text: str | bytes) -> Callable[[Path], None]:
     return write
 
 
+def allowing(raw: bytes) -> Callable[[Path], None]:
+    """A user's own list of what may be called."""
+
+    def write(folder: Path) -> None:
+        (folder / "own").mkdir()
+        (folder / "own/redoubt.allow").write_bytes(raw)
+
+    return write
+
+
 def mine(text: str | bytes, *says: str) -> Case:
     return case("train --config-dir own experiment=mine", *says, prepare=experiment(text))
 
@@ -195,6 +206,13 @@ CONFIGS = [
     mine("defaults:\n  - /defnse: fsr\n", "defnse=fsr", "defense"),
     mine("defaults:\n  - experiment/mine\n", "experiment/mine"),
     mine("seed: ${nothing}\n", "seed", "there is no nothing"),
+    mine(
+        "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefgh")),
+        "mine.yaml",
+        "nested too deeply",
+    ),
+    case("train --config-dir own seed=x", "redoubt.allow cannot be read", "UTF-8", prepare=allowing(b"\xff\xfea\0")),
 ]
 
 

@@ -24,7 +24,7 @@ SMALL = (
 )  # fmt: skip
 
 PARTS = '''
-import json, os, signal, time
+import json, os, signal, sys, time
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.training import vigil
@@ -46,6 +46,8 @@ def fault(module, where, number):
         file.write(str(time.time()))
     if kind == "raise":
         raise RuntimeError(f"rank {rank} dies")
+    if kind == "exit":
+        sys.exit(0)
     if kind == "mistake":
         raise UserError("data.root=nowhere: no such folder")
     if kind == "sleep":

@@ -152,6 +152,13 @@ def test_bad_input(ways: dict[str, Shell | Values], tmp_path: Path, way: str, ca
 
 
 @pytest.mark.fault(ROW, "refused")
+def test_machines_that_nobody_started(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    refused(shell("train", *SMALL, "trainer.num_nodes=2"), "trainer.num_nodes=2", "torchrun --nnodes=2")
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.fault(ROW, "refused")
 def test_no_gpu(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(shell("train", *SMALL, "trainer=gpu"), "trainer.accelerator=gpu", "trainer=cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,15 @@ def test_a_defect_of_the_program_is_not_dressed_up(shell: Shell, monkeypatch: py
     ended = shell("train", *SMALL)
     assert ended.code == 1
     assert "Traceback" in ended.err
+
+
+def test_an_exit_is_no_good_end(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PGDAT, "outer", lambda *args: sys.exit(0))
+    ended = shell("train", *SMALL)
+    assert ended.code == 1
+    assert "sys.exit(0) was called" in ended.err
+    (run,) = Store("outputs").list()
+    assert run.status["state"] == "failed"
 
 
 def test_the_keyboard_pressed_twice(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

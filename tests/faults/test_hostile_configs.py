@@ -222,6 +222,14 @@ HYDRA = [
     experiment("hydra.sweep.dir", "hydra: {sweep: {dir: '${oc.env:CANARY}'}}"),
     Case("hydra.launcher.setup", ("-m", "experiment=evil", "hydra/launcher=slurm"),
          {"experiment/evil.yaml": "# @package _global_\nhydra: {launcher: {setup: ['touch ${oc.env:CANARY}']}}"}),
+    *(
+        Case(f"hydra.launcher.{key}", ("-m", "experiment=evil", "hydra/launcher=slurm"),
+             {"experiment/evil.yaml": f"# @package _global_\nhydra: {{launcher: {{{key}: {value}}}}}"})
+        for key, value in (
+            ("srun_args", "[sh, -c, 'touch ${oc.env:CANARY}']"), ("additional_parameters", "{wrap: touch it}"),
+            ("submitit_folder", "'${oc.env:CANARY}'"), ("python", "/tmp/evil"),
+        )
+    ),
     Case("hydra.sweeper.params", ("-m", "sweep=evil"),
          {"sweep/evil.yaml": "# @package _global_\nhydra: {sweeper: {params: {seed: {_target_: os.system}}}}"}),
     Case("model._target_", ("-m", "sweep=evil"),

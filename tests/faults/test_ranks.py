@@ -39,6 +39,7 @@ def fault(kind: str, rank: int, where: str = "step", number: int = 5, **more: An
 LOST = [
     (fault("raise", 1), 2, "rank 1 failed: RuntimeError: rank 1 dies"),
     (fault("SIGKILL", 1), 2, "rank 1 is gone"),
+    pytest.param(fault("exit", 1), 2, "rank 1 failed: RuntimeError: sys.exit(0) was called", marks=slow),
     pytest.param(fault("mistake", 0), 2, "rank 0 failed: data.root=nowhere: no such folder", marks=slow),
     pytest.param(fault("SIGKILL", 0), 2, "rank 0 is gone", marks=slow),
     pytest.param(fault("raise", 1, "validation", 1), 2, "rank 1 failed: RuntimeError: rank 1 dies", marks=slow),
@@ -56,7 +57,7 @@ def test_a_rank_that_is_lost_ends_all(tmp_path: Path, fault: dict[str, Any], wor
     codes = ended(commands)
     assert ranks.since() < SOON
     lost = fault["rank"]
-    assert codes[lost] == {"SIGKILL": -9, "raise": 1, "mistake": 2}[fault["kind"]]
+    assert codes[lost] == {"SIGKILL": -9, "raise": 1, "exit": 1, "mistake": 2}[fault["kind"]]
     for rank, command in enumerate(commands):
         if rank != lost:
             assert command.code == 2, command.err

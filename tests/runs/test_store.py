@@ -84,6 +84,14 @@ def test_open_completes_what_a_killed_process_left(store: Store, run: Run) -> No
     assert store.open(AXES, 0, "0123456789", {"seed": 0}).config() == {"seed": 0}
 
 
+@pytest.mark.parametrize("damaged", [b"", b"\xff\x00", b"- 1", b"a: [", b"&a [*a]"])
+def test_open_writes_a_damaged_config_again(store: Store, run: Run, damaged: bytes) -> None:
+    run.update(state="interrupted")
+    run.config_file.write_bytes(damaged)
+    assert store.open(AXES, 0, "0123456789", {"seed": 0}).config() == {"seed": 0}
+    assert run.status["state"] == "interrupted"
+
+
 def test_open_leaves_a_run_alone_that_was_made_meanwhile(
     store: Store, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,13 @@ class Check:
         return self
 
 
+def radius(suite: Suite) -> float:
+    """Of the ball that its attacks stay in; what has none cannot be audited."""
+    if not suite.eps or not suite.attacks:
+        raise UserError("attack: an audit is of attacks within a ball: take a suite with attacks and an eps above 0")
+    return float(suite.eps)
+
+
 class Audit:
     """The checks over some test images.
 
@@ -97,11 +104,7 @@ class Audit:
         self.source, self.progress = source, progress
         self.x, self.y = images.to(device).float() / 255, labels.to(device)
         self.n = len(labels)
-        if not suite.eps or not suite.attacks:
-            raise UserError(
-                "attack: an audit is of attacks within a ball: take a suite with attacks and an eps above 0"
-            )
-        self.norm, self.eps = suite.norm, float(suite.eps)
+        self.norm, self.eps = suite.norm, radius(suite)
         self.curves: dict[str, dict[str, list[float]]] = {}
         own = {n: a for n, a in suite.attacks.items() if isinstance(a, WhiteBox) and n not in suite.on_source}
         self.pgds = own or {

@@ -119,6 +119,17 @@ def shown_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.shown.npz")
 
 
+def shown_of(file: Path) -> dict[str, np.ndarray]:
+    """What is there: the images as ``""``, their predicted classes as ``/predicted``; nothing where it is damaged."""
+    try:
+        with np.load(shown_file(file), allow_pickle=False) as found:
+            images, predicted = found["adv"], found["predicted"]
+    except Exception:  # any of a dozen kinds, of numpy, zipfile and zlib
+        return {}
+    ours = images.dtype == np.uint8 and images.ndim == 4 and predicted.shape == images.shape[:1]
+    return {"": images, "/predicted": predicted} if ours else {}
+
+
 def _lines(file: Path, rank: int) -> Path:
     """Each process appends to a file of its own."""
     return file.with_name(f"{file.name}.{rank}.jsonl")

@@ -15,7 +15,7 @@ from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation import audits
-from redoubt.evaluation.kept import Kept, shown_file
+from redoubt.evaluation.kept import Kept, shown_of
 from redoubt.evaluation.suite import Suite, suite
 from redoubt.evaluation.verdicts import Judge, accuracies, nrr
 from redoubt.runs.files import read_json, write_bytes, write_json
@@ -192,10 +192,8 @@ def _write_examples(path: Path, index: np.ndarray, labels: np.ndarray, files: Ma
     """What the attacks made of the first few test images, to be looked at; older verdicts have none."""
     arrays: dict[str, np.ndarray] = {}
     for name, file in files.items():
-        if shown_file(file).is_file():
-            with np.load(shown_file(file), allow_pickle=False) as shown:
-                key = "clean" if name == "natural" else name
-                arrays |= {key: shown["adv"], f"{key}/predicted": shown["predicted"]}
+        key = "clean" if name == "natural" else name
+        arrays |= {key + end: array for end, array in shown_of(file).items()}
     if "clean" in arrays:
         n = len(arrays["clean"])
         _write_arrays(path, {"index": index[:n], "label": labels[:n], **arrays})

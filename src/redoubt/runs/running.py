@@ -34,7 +34,7 @@ from redoubt.training.loggers import opened
 from redoubt.training.progress import ProgressBar
 from redoubt.training.pruning import pruning
 from redoubt.training.recorder import Recorder
-from redoubt.training.stopping import Stopped
+from redoubt.training.stopping import Stopped, no_other_exit
 from redoubt.training.trainer import accelerator, device_name, make_trainer
 
 log = logging.getLogger("redoubt")
@@ -144,12 +144,8 @@ def _fit(
             f"{'resuming' if resume else 'training'} {run.name if run else '(fast_dev_run)'} | recipe "
             f"{', '.join(cfg.axes.recipes) or 'default'} | {device_name(cfg)} | {cfg.trainer.precision}"
         )
-        try:
+        with no_other_exit():
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        except SystemExit as ended:
-            if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
-                raise KeyboardInterrupt from ended
-            raise
     if run is not None:
         expected = data.steps_per_epoch(ranks()[1]) * int(cfg.trainer.max_epochs)
         if module.steps_done != expected:

@@ -104,14 +104,23 @@ class Run:
         Raises:
             UserError: It is none, or holds what would be interpolated.
         """
+        value = self._stored()
+        if value is None:
+            raise UserError(f"{self.config_file}: holds no readable config; the run's own command writes it again")
+        check_plain(value, f"{self.config_file}: ")
+        return value
+
+    def _stored(self) -> dict[str, Any] | None:
         try:
             value = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            value = None
-        if not isinstance(value, dict):
-            raise UserError(f"{self.config_file}: holds no readable config; remove the run, train again")
-        check_plain(value, f"{self.config_file}: ")
-        return value
+            return None
+        return value if isinstance(value, dict) else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the folder holds a run whose config can be read."""
+        return self.exists() and self._stored() is not None
 
     def evaluations(self) -> list[tuple[Path, dict[str, Any]]]:
         """``(folder, results.json)`` of every finished evaluation, the newest first."""
@@ -222,7 +231,7 @@ class Store:
         config: Mapping[str, Any],
         devices: Iterable[str] = (),
     ) -> Run:
-        """The run of this identity: the one that is there, or a new folder for it.
+        """The run of this identity: the one that is there, or a new folder for it. A damaged config is written again.
 
         Args:
             axes: ``defense``, ``base``, ``model`` and ``data`` by name.
@@ -235,7 +244,7 @@ class Store:
             UserError: The folder cannot be written.
         """
         run = Run(self.folder / f"{readable_name(axes, seed)}-{hash}")
-        if run.exists():
+        if run.whole:
             return run
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -244,10 +253,11 @@ class Store:
         except OSError as error:
             raise files.cannot_write(run.folder, error) from error
         try:
-            if not run.exists():  # else another process was first, and may be training by now
+            if not run.whole:  # else another process was first, and may be training by now
                 text = yaml.safe_dump(redacted(plain(config)), sort_keys=False, allow_unicode=True, width=110)
-                files.write_json(run.environment_file, environment(devices))
-                run.update(state="created")
+                if not run.exists():
+                    files.write_json(run.environment_file, environment(devices))
+                    run.update(state="created")
                 files.write_text(run.config_file, text)  # last: a folder with a config is a complete one
         finally:
             lock.release()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from redoubt.deadline import TimeUp
 from redoubt.launched import slurm_job, slurm_tasks
 
 #: What asks a process to stop. A job of Slurm's hears of its time limit by another one: see `requeue_signal`.
@@ -106,6 +107,24 @@ class Requests:
 
 #: There is one process.
 requests = Requests()
+
+
+@contextmanager
+def no_other_exit() -> Iterator[None]:
+    """Inside, the process ends early only where it was asked to.
+
+    Raises:
+        KeyboardInterrupt: Lightning has made an exit of it.
+        RuntimeError: Code that a run calls has called ``sys.exit()``, which would pass for a good end.
+    """
+    try:
+        yield
+    except (Stopped, TimeUp):
+        raise
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from ended
+        raise RuntimeError(f"sys.exit({ended.code!r}) was called by code that this run calls") from ended
 
 
 def requeue_signal() -> int | None:
