@@ -610,7 +610,7 @@ STORED = [
     case(f"audit {RUN} audit.eps_curve.eps=[]", "audit.eps_curve.eps is empty"),
     case(f"audit {RUN} audit.eps_curve.eps=[-1]", "audit.eps_curve.eps=-1"),
     case(f"audit {RUN} audit.randomness.passes=1", "audit.randomness.passes=1", "at least 2"),
-    case(f"audit {RUN} audit.source=nobody", "audit.source=nobody", "runs ls"),
+    case(f"audit {RUN} attack=fgsm audit.source=nobody", "audit.source=nobody", "runs ls"),
 ]
 
 
