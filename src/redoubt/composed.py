@@ -109,11 +109,13 @@ class Loader(ConfigLoaderImpl):
             if values.get(key):
                 raise UserError(f"{key} is not taken: {instead}")
         typed = tuple(o.lstrip("+").partition("=")[0] for o in overrides)
-        launcher: Mapping[str, Any] = tree.get("launcher") or {}
-        for name in launcher.keys() - _LAUNCHER:
+        for section in ("launcher", "sweeper"):
+            if not isinstance(tree.get(section), Mapping):
+                raise UserError(f"hydra.{section} is a group of keys: choose one by hydra/{section}=...")
+        for name in tree["launcher"].keys() - _LAUNCHER:
             key = f"hydra.launcher.{name}"
             said = any(f"{word}.".startswith(f"{key}.") for word in typed)
-            if launcher[name] and not said and key not in listed(self.folders):
+            if tree["launcher"][name] and not said and key not in listed(self.folders):
                 raise UserError(
                     f"{key} may hold commands: give it on the command line, or allow it by a line {key} of a file "
                     "redoubt.allow in your --config-dir"

@@ -157,6 +157,7 @@ FLAGS = [
     case("train --config-dir nowhere", "--config-dir=", "nowhere", "no such folder"),
     case("train --config-dir file", "--config-dir", "no such folder", prepare=lambda folder: (folder / "file").touch()),
     case("train --config-name mine", "--config-name", "--config-dir"),
+    case("train hydra.launcher=3", "hydra.launcher", "hydra/launcher="),
     case("train hydra.job.chdir=true", "hydra.job.chdir", "paths.outputs"),
     case("train --cfg everything", "--cfg", "everything"),
 ]
