@@ -119,12 +119,28 @@ def shown_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.shown.npz")
 
 
+def arrays_of(file: Path) -> Any:
+    """The array of a .npy file, or those of a .npz file by name; no objects, which would be unpickled.
+
+    Raises:
+        UserError: The file holds something else, or is damaged.
+    """
+    try:
+        found = np.load(file, allow_pickle=False)
+        if file.suffix != ".npz":
+            return found
+        with found:
+            return {name: found[name] for name in found.files}
+    except Exception as error:  # a damaged file raises any of a dozen kinds, of numpy, zipfile and zlib
+        raise UserError(f"{file}: holds no plain arrays, or is cut short: evaluate again") from error
+
+
 def shown_of(file: Path) -> dict[str, np.ndarray]:
     """What is there: the images as ``""``, their predicted classes as ``/predicted``; nothing where it is damaged."""
     try:
-        with np.load(shown_file(file), allow_pickle=False) as found:
-            images, predicted = found["adv"], found["predicted"]
-    except Exception:  # any of a dozen kinds, of numpy, zipfile and zlib
+        found = arrays_of(shown_file(file))
+        images, predicted = found["adv"], found["predicted"]
+    except (UserError, KeyError):
         return {}
     ours = images.dtype == np.uint8 and images.ndim == 4 and predicted.shape == images.shape[:1]
     return {"": images, "/predicted": predicted} if ours else {}

@@ -12,7 +12,7 @@ import torch
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
-from redoubt.evaluation.kept import examples_file
+from redoubt.evaluation.kept import arrays_of, examples_file
 from redoubt.evaluation.suite import suite
 from redoubt.evaluation.verdicts import SLACK, correct, distances, full_precision, logits_of
 from redoubt.nets import attack_mode
@@ -47,7 +47,7 @@ def rescore(
     record = read_json(folder / "attack.json") or {}
     if not record.get("evaluation", {}).get("save"):
         raise UserError(f"{folder} kept no adversarial examples: evaluate with evaluation.save=float32 or uint8 first")
-    verdicts = _arrays(folder / "verdicts.npz")
+    verdicts = arrays_of(folder / "verdicts.npz")
     images, labels = data.arrays("test")
     n, chunk = len(verdicts["label"]), int(record["evaluation"]["chunk"])
     if len(labels) < n or not np.array_equal(labels[:n].numpy(), verdicts["label"]):
@@ -61,7 +61,7 @@ def rescore(
             missing = [file for file in files if not file.is_file()]
             if missing:
                 raise UserError(f"{missing[0]} is missing: evaluate again with evaluation.save")
-            examples = np.concatenate([_arrays(file) for file in files])
+            examples = np.concatenate([arrays_of(file) for file in files])
             right, gaps, distance = [], [], 0.0
             for start in range(0, n, batch):
                 adv = torch.from_numpy(examples[start : start + batch]).to(device)
@@ -88,22 +88,6 @@ def rescore(
             counter.advance()
     write_json(folder / "rescored.json", {"batch": batch, "threads": torch.get_num_threads(), "attacks": found})
     return found
-
-
-def _arrays(file: Path) -> Any:
-    """The array of a .npy file, or those of a .npz file by name; no objects, which would be unpickled.
-
-    Raises:
-        UserError: The file holds something else, or is damaged.
-    """
-    try:
-        found = np.load(file, allow_pickle=False)
-        if file.suffix != ".npz":
-            return found
-        with found:
-            return {name: found[name] for name in found.files}
-    except Exception as error:  # a damaged file raises any of a dozen kinds, of numpy, zipfile and zlib
-        raise UserError(f"{file}: holds no plain arrays, or is cut short: evaluate again") from error
 
 
 def objections(found: Mapping[str, Any]) -> list[str]:
