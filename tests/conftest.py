@@ -1,4 +1,7 @@
-"""What every test shares: one thread, and composing without the command line."""
+"""What every test shares: one thread, and composing without the command line.
+
+torch is imported where it is needed: the process that only hands the tests out would wait for it.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from redoubt import cli, config
-from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
+
+if TYPE_CHECKING:
+    from redoubt.defenses import RobustModule
 
 # Two processes of tests share two cores: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 # Composing makes many small objects: to search them for cycles ever so often takes a tenth of the time.
 gc.set_threshold(20_000)
 
@@ -90,6 +93,8 @@ def cell(outputs: Path) -> Callable[..., DictConfig]:
 
 def everything(checkpoint: Path) -> str:
     """SHA-256 over names and bytes of all weights, buffers, averages and optimizer tensors of a checkpoint."""
+    import torch
+
     content = torch.load(checkpoint, weights_only=True)
     digest = hashlib.sha256()
 
@@ -122,6 +127,8 @@ def refused(call: Callable[[], object], *says: str) -> None:
 @pytest.fixture
 def sigterm_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Sends this process SIGTERM once the given training step is done; None: never."""
+    from redoubt.defenses import RobustModule
+
     true = RobustModule.after_step
     at: list[int | None] = [None]
 

@@ -107,7 +107,8 @@ def without_redoubt(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return hide
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", pytest.param("model.pt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt2"])
 def test_plain_pytorch_reads_an_afd_run_that_lost_its_natural_run(
     store: Callable[[str], str], shell: Callable, without_redoubt: Callable[[], None], name: str
 ) -> None:

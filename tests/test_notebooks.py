@@ -95,6 +95,7 @@ def test_committed_without_outputs_counts_and_paths(name: str) -> None:
     assert os.path.expanduser("~") not in text
 
 
+@pytest.mark.slow
 def test_first_tour(demo: Path) -> None:
     done = run(read("first_tour"), demo)
     assert pictures(done) == 2

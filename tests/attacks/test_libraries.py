@@ -165,7 +165,7 @@ def test_attacks_that_three_classes_do_not_have_are_refused(version):
     ("version", "k"),
     [
         ("apgd-dlr", 5),
-        ("fab", 5),
+        pytest.param("fab", 5, marks=pytest.mark.slow),
         (["apgd-t", "fab-t"], 5),
         pytest.param("rand", 3, marks=pytest.mark.slow),
         ("square", 5),

@@ -109,7 +109,7 @@ def half_way(w, b, x, y, norm):
     return float(grid[np.abs(np.array(robust) - 0.5).argmin()])
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
 def test_multi_targeted_is_the_closed_form_on_linear_nets(norm):
     """20 nets of 3 to 10 classes, 200 examples each: no verdict deviates, whatever start and number of steps.
 
@@ -276,7 +276,7 @@ def attacks_on(eps):
     }
 
 
-@pytest.mark.parametrize("samples", [50, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("samples", [25, pytest.param(250, marks=pytest.mark.slow)])
 def test_no_attack_contradicts_the_exact_verdict_on_relu_nets(samples):
     """So many samples of each of 4 nets: IBP-robust => robust (by integer programming) => no attack breaks it.
 

@@ -10,6 +10,9 @@ import pytest
 
 SURVIVED, REFUSED = "survived", "refused"
 
+#: Of the 48 moments of the steps of the cell ``trades`` one that is in its second epoch.
+LATE = 42
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(name, ends): a row of the table; it ends `survived` or `refused`")
@@ -54,20 +57,29 @@ class Interrupted:
 
     Args:
         folder: Its ``outputs`` lie there; to be copied.
-        expected: What it comes to when it goes on, see `tests.faults.test_kills.outcome`.
-        moments: How many moments the whole run has, by place.
     """
 
     folder: Path
-    expected: dict[str, Any]
-    moments: dict[str, int]
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        """What it comes to when it goes on, see `tests.faults.test_kills.outcome`."""
+        from tests.faults.test_kills import whole
+
+        return whole("trades")[1]
+
+    @property
+    def moments(self) -> dict[str, int]:
+        """How many moments the whole run has, by place."""
+        from tests.faults.test_kills import whole
+
+        return whole("trades")[0]
 
 
 @pytest.fixture(scope="session")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
-    from tests.faults.test_kills import run, whole
+    from tests.faults.test_kills import run
 
-    moments, expected = whole("trades")
     folder = tmp_path_factory.mktemp("interrupted")
-    assert run(folder, "trades", {"step": moments["step"] * 7 // 8}).code == -9
-    return Interrupted(folder, expected, moments)
+    assert run(folder, "trades", {"step": LATE}).code == -9
+    return Interrupted(folder)

@@ -26,15 +26,15 @@ GROUPS = ("threat", "defense", "base", "model", "data", "attack", "inner", "ema"
 #: Topics, how they are given (`Values`, `Words`, or as typed, which costs ten times as much), and n: one case in n is
 #: not slow.
 TOPICS = (
-    (bad_inputs.VALUES, "values", 3),
-    (bad_inputs.DATA, "values", 1),
+    (bad_inputs.VALUES, "values", 4),
+    (bad_inputs.DATA, "values", 2),
     (bad_inputs.WEIGHTS, "values", 4),
-    (bad_inputs.STORED, "values", 2),
-    (bad_inputs.WORDS, "words", 5),
-    (bad_inputs.CONFIGS, "words", 3),
-    (bad_inputs.FLAGS, "shell", 1),
-    (bad_inputs.COMMANDS, "shell", 2),
-    (bad_inputs.SWEEPS, "shell", 7),
+    (bad_inputs.STORED, "values", 3),
+    (bad_inputs.WORDS, "words", 8),
+    (bad_inputs.CONFIGS, "words", 5),
+    (bad_inputs.FLAGS, "shell", 2),
+    (bad_inputs.COMMANDS, "shell", 4),
+    (bad_inputs.SWEEPS, "shell", 9),
 )
 PARAMETERS = [
     pytest.param(way, case, id=f"{case}", marks=[pytest.mark.slow] * (number % every > 0))
@@ -189,7 +189,7 @@ def test_hydra_and_the_next_command_are_unharmed(shell: Shell) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", ["failed", "done"])
+@pytest.mark.parametrize("state", ["failed", pytest.param("done", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_of_ours(shell: Shell, finished: Run, state: str) -> None:
     """Neither resumed from nor overwritten, and no evaluation is made of it."""
     finished.last.write_bytes(finished.last.read_bytes()[:2000])
@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_of_ours(shell: Shell, finished: Run, state: str) -
     refused(shell("eval", f"run={finished.name}", "attack=pgd20"), str(finished.last))
 
 
-@pytest.mark.parametrize("where", ["file", "file/below"])
+@pytest.mark.parametrize("where", ["file/below", pytest.param("file", marks=pytest.mark.slow)])
 def test_outputs_that_cannot_be_written(shell: Shell, tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("precious")
     refused(shell("train", *SMALL, f"paths.outputs={where}"), "cannot write", "file", "paths.outputs=")

@@ -77,7 +77,8 @@ def test_the_checkpoint_before_is_taken(
     assert str(found.last) in line
 
 
-@pytest.mark.parametrize("damage", ["cut to half", pytest.param("a bit flipped at 50%", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut to half", "a bit flipped at 50%"])
 def test_a_run_goes_on_from_the_checkpoint_before(interrupted: Interrupted, tmp_path: Path, damage: str) -> None:
     shutil.copytree(interrupted.folder / "outputs", tmp_path / "outputs")
     DAMAGES[damage](only_run(tmp_path).last)
@@ -194,7 +195,7 @@ def refuse(*args: object) -> None:
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ("optimizer.lr=0.07", "optimizer.lr"),
+        pytest.param("optimizer.lr=0.07", "optimizer.lr", marks=pytest.mark.slow),
         ("seed=1", "data.seed, seed"),
         pytest.param("inner.steps=2", "inner.steps", marks=pytest.mark.slow),
         pytest.param("data.limit_train=29", "data.limit_train", marks=pytest.mark.slow),
@@ -237,6 +238,7 @@ def test_another_machine_is_allowed_and_said(
     assert [row["step"] for row in read_rows(found.metrics_file)] == ["4", "8"]
 
 
+@pytest.mark.slow
 def test_metrics_that_were_lost_come_back(
     cell: Callable[..., DictConfig], sigterm_after: Callable[[int | None], None]
 ) -> None:

@@ -118,6 +118,7 @@ def test_a_run_whose_loss_is_not_finite_ends(
     assert [int(r["step"]) for r in read_rows(run.metrics_file)] == [20, 40, 60]
 
 
+@pytest.mark.slow
 def test_checkpoints_within_an_epoch_are_good_ones_too(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """trainer.checkpoint_every looks before it saves."""
     Bomb(monkeypatch, 23, "nan")
@@ -138,6 +139,7 @@ def test_a_learning_rate_that_is_far_too_high(shell: Shell) -> None:
     assert [r.status["state"] for r in Store("outputs").list()].count("done") == 1
 
 
+@pytest.mark.slow
 def test_signals_are_left_as_they_were(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the next Ctrl-C, in the evaluation or the next job of a multirun, would only set a dead run's flag."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -22,7 +22,7 @@ from tests.test_ddp import launched
 from redoubt.runs.files import read_rows
 from redoubt.runs.store import Run, Store
 
-KILLS = int(os.environ.get("KILLS", 2))
+KILLS = int(os.environ.get("KILLS", 1))
 
 SMALL = [
     "train", "model=resnet_small", "model.widths=[4,4,8,8]", "data=digits", "data.source=fake", "data.image_size=16",

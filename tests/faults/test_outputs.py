@@ -52,8 +52,9 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("disk full while a checkpoint is written", "refused")
-@pytest.mark.parametrize("share", [0.9, pytest.param(0.4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.9, 0.4])
 def test_a_write_that_fails(interrupted: Interrupted, tmp_path: Path, share: float) -> None:
     """The run ends at the first failed save with the checkpoint before it, and goes on when there is room."""
     at = {"write": int(share * interrupted.moments["write"])}
@@ -140,8 +141,9 @@ def test_outputs_are_moved_to_another_disk(interrupted: Interrupted, tmp_path: P
         assert outcome(elsewhere) == interrupted.expected
 
 
+@pytest.mark.slow
 @pytest.mark.fault("two identical runs at once", "survived")
-@pytest.mark.parametrize("begun", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("begun", [False, True])
 def test_two_identical_runs_at_once(interrupted: Interrupted, tmp_path: Path, begun: bool) -> None:
     """One trains, the other waits and answers from what is there."""
     if begun:

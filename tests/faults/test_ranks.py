@@ -38,7 +38,7 @@ def fault(kind: str, rank: int, where: str = "step", number: int = 5, **more: An
 
 LOST = [
     (fault("raise", 1), 2, "rank 1 failed: RuntimeError: rank 1 dies"),
-    (fault("SIGKILL", 1), 2, "rank 1 is gone"),
+    pytest.param(fault("SIGKILL", 1), 2, "rank 1 is gone", marks=slow),
     pytest.param(fault("exit", 1), 2, "rank 1 failed: RuntimeError: sys.exit(0) was called", marks=slow),
     pytest.param(fault("mistake", 0), 2, "rank 0 failed: data.root=nowhere: no such folder", marks=slow),
     pytest.param(fault("SIGKILL", 0), 2, "rank 0 is gone", marks=slow),
@@ -148,8 +148,9 @@ def test_ranks_that_would_evaluate_otherwise_are_refused(tmp_path: Path) -> None
         assert "redoubt: rank 1 has another weights, evaluation than rank 0" in command.err, command.err
 
 
+@slow
 @pytest.mark.fault("a rank's weights drift", "refused")
-@pytest.mark.parametrize(("rank", "world", "other"), [(1, 2, 0), pytest.param(0, 3, 1, marks=slow)])
+@pytest.mark.parametrize(("rank", "world", "other"), [(1, 2, 0), (0, 3, 1)])
 def test_weights_that_differ_end_the_run(tmp_path: Path, rank: int, world: int, other: int) -> None:
     """By 1e-7 in one weight, after a step in the second epoch: what was saved after the first one stays."""
     ranks = Ranks(tmp_path, world=world)

@@ -44,7 +44,7 @@ CELLS = [
 @pytest.mark.parametrize(
     ("overrides", "steps"),
     [
-        *((overrides, (3, 4)) for overrides in CELLS[:4]),  # in an epoch's last steps, and at its end
+        *((overrides, (3, 4)) for overrides in CELLS[2:4]),  # in an epoch's last steps, and at its end
         *(pytest.param(overrides, range(1, STEPS), marks=pytest.mark.slow) for overrides in CELLS),
     ],
 )

@@ -173,6 +173,7 @@ def test_cells_that_nobody_works_on_are_an_exit_code(shell: Shell, capsys: pytes
     assert out.count("stopped by signal 15") == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_trains_is_left_for_the_end(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of another sweep, or a natural run that is made: the next cell first, then it is waited for."""
     grid = [w for w in GRID if w != "sweep.name=g"]
