@@ -26,9 +26,9 @@ GROUPS = ("threat", "defense", "base", "model", "data", "attack", "inner", "ema"
 #: Topics, how they are given (`Values`, `Words`, or as typed, which costs ten times as much), and n: one case in n is
 #: not slow.
 TOPICS = (
-    (bad_inputs.VALUES, "values", 4),
+    (bad_inputs.VALUES, "values", 5),
     (bad_inputs.DATA, "values", 2),
-    (bad_inputs.WEIGHTS, "values", 4),
+    (bad_inputs.WEIGHTS, "values", 5),
     (bad_inputs.STORED, "values", 3),
     (bad_inputs.WORDS, "words", 8),
     (bad_inputs.CONFIGS, "words", 5),
@@ -189,7 +189,8 @@ def test_hydra_and_the_next_command_are_unharmed(shell: Shell) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", ["failed", pytest.param("done", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["failed", "done"])
 def test_a_damaged_checkpoint_of_ours(shell: Shell, finished: Run, state: str) -> None:
     """Neither resumed from nor overwritten, and no evaluation is made of it."""
     finished.last.write_bytes(finished.last.read_bytes()[:2000])
