@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -51,35 +49,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"{'all':{width}}  {total['injected']:8}  {total[SURVIVED]:8}  {total[REFUSED]:15}")
 
 
-@dataclass(frozen=True)
-class Interrupted:
-    """A run of the cell ``trades`` that was killed in its second epoch.
-
-    Args:
-        folder: Its ``outputs`` lie there; to be copied.
-    """
-
-    folder: Path
-
-    @property
-    def expected(self) -> dict[str, Any]:
-        """What it comes to when it goes on, see `tests.faults.test_kills.outcome`."""
-        from tests.faults.test_kills import whole
-
-        return whole("trades")[1]
-
-    @property
-    def moments(self) -> dict[str, int]:
-        """How many moments the whole run has, by place."""
-        from tests.faults.test_kills import whole
-
-        return whole("trades")[0]
-
-
 @pytest.fixture(scope="session")
-def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the cell ``trades`` that was killed in its second epoch; ``outputs`` is to be copied."""
     from tests.faults.test_kills import run
 
     folder = tmp_path_factory.mktemp("interrupted")
     assert run(folder, "trades", {"step": LATE}).code == -9
-    return Interrupted(folder)
+    return folder

@@ -15,8 +15,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from tests.conftest import Shell
-from tests.faults.conftest import Interrupted
-from tests.faults.test_kills import CELLS, SMALL, outcome, run
+from tests.faults.test_kills import CELLS, SMALL, outcome, run, whole
 from tests.test_cli import only_run
 
 from redoubt.build import build_data
@@ -62,9 +61,9 @@ DAMAGES: dict[str, Damage] = {
 @pytest.mark.fault("damaged last.ckpt, one before it", "survived")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_checkpoint_before_is_taken(
-    interrupted: Interrupted, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+    interrupted: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(interrupted.folder / "outputs", tmp_path / "outputs")
+    shutil.copytree(interrupted / "outputs", tmp_path / "outputs")
     found = only_run(tmp_path)
     DAMAGES[damage](found.last)
     damaged = found.last.read_bytes()
@@ -79,19 +78,19 @@ def test_the_checkpoint_before_is_taken(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut to half", "a bit flipped at 50%"])
-def test_a_run_goes_on_from_the_checkpoint_before(interrupted: Interrupted, tmp_path: Path, damage: str) -> None:
-    shutil.copytree(interrupted.folder / "outputs", tmp_path / "outputs")
+def test_a_run_goes_on_from_the_checkpoint_before(interrupted: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(interrupted / "outputs", tmp_path / "outputs")
     DAMAGES[damage](only_run(tmp_path).last)
     ended = run(tmp_path, "trades").good()
     assert "damaged.ckpt" in ended.err
     only_run(tmp_path).last.with_name("damaged.ckpt").unlink()
-    assert outcome(tmp_path) == interrupted.expected
+    assert outcome(tmp_path) == whole("trades")[1]
 
 
 @pytest.mark.fault("damaged checkpoint, none before it", "refused")
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused(interrupted: Interrupted, tmp_path: Path, damage: str) -> None:
-    shutil.copytree(interrupted.folder / "outputs", tmp_path / "outputs")
+def test_a_damaged_checkpoint_is_refused(interrupted: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(interrupted / "outputs", tmp_path / "outputs")
     found = only_run(tmp_path)
     found.previous.unlink()
     DAMAGES[damage](found.last)
@@ -103,8 +102,8 @@ def test_a_damaged_checkpoint_is_refused(interrupted: Interrupted, tmp_path: Pat
     assert found.last.read_bytes() == damaged
 
 
-def test_sha256sum_reads_what_stands_beside(interrupted: Interrupted) -> None:
-    found = only_run(interrupted.folder)
+def test_sha256sum_reads_what_stands_beside(interrupted: Path) -> None:
+    found = only_run(interrupted)
     for file in (found.last, found.previous):
         stated = checksum_file(file).read_text()
         assert stated == f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
@@ -147,8 +146,8 @@ def test_a_flipped_bit_where_the_checksum_was_lost(tmp_path: Path) -> None:
         read_checkpoint(file)
 
 
-def test_both_are_damaged(interrupted: Interrupted, tmp_path: Path) -> None:
-    shutil.copytree(interrupted.folder / "outputs", tmp_path / "outputs")
+def test_both_are_damaged(interrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(interrupted / "outputs", tmp_path / "outputs")
     found = only_run(tmp_path)
     for file in (found.last, found.previous):
         file.write_bytes(b"")
@@ -201,16 +200,14 @@ def refuse(*args: object) -> None:
         pytest.param("data.limit_train=29", "data.limit_train", marks=pytest.mark.slow),
     ],
 )
-def test_a_checkpoint_of_another_config(
-    shell: Shell, interrupted: Interrupted, tmp_path: Path, change: str, key: str
-) -> None:
+def test_a_checkpoint_of_another_config(shell: Shell, interrupted: Path, tmp_path: Path, change: str, key: str) -> None:
     argv = [*SMALL, *CELLS["trades"], change, "paths.outputs=other"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "_fit", refuse)
         assert shell(*argv).code == 2
     (other,) = Store("other").list()
     other.checkpoints.mkdir()
-    for file in (only_run(interrupted.folder).last, checksum_file(only_run(interrupted.folder).last)):
+    for file in (only_run(interrupted).last, checksum_file(only_run(interrupted).last)):
         shutil.copy(file, other.checkpoints)
     before = other.last.read_bytes()
     ended = shell(*argv)
