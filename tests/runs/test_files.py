@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import redoubt
 from redoubt.errors import UserError
-from redoubt.runs.files import atomic, clean, read_json, sha256, size, write_bytes, write_json, write_text
+from redoubt.runs.files import atomic, clean, read_arrays, read_json, sha256, size, write_bytes, write_json, write_text
 
 #: Child processes find the package also where pytest's `pythonpath` and not an installation provides it.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(redoubt.__file__).parents[1])}
@@ -140,3 +141,18 @@ def test_clean_and_size(tmp_path: Path) -> None:
     clean(tmp_path / "missing")
     assert names(tmp_path / "a") == ["kept"]
     assert size(tmp_path) == 5
+
+
+def test_arrays_of_a_damaged_file_are_one_line(tmp_path: Path) -> None:
+    """Whatever byte is wrong: numpy, zipfile and zlib raise errors of many kinds."""
+    file, said = tmp_path / "whole.npz", []
+    np.savez_compressed(file, pgd=np.arange(4000) % 7 == 0)
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        try:
+            read_arrays(file)
+        except UserError as error:
+            said.append(str(error).split(", or")[0])
+    assert set(said) == {f"{file}: holds no plain arrays"}
+    assert len(said) > len(whole) / 2

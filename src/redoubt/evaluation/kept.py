@@ -14,7 +14,7 @@ import numpy as np
 
 import redoubt
 from redoubt.errors import UserError
-from redoubt.runs.files import atomic, cannot_write
+from redoubt.runs.files import atomic, cannot_write, read_arrays
 from redoubt.runs.identity import digest
 from redoubt.training.distributed import ranks
 
@@ -119,26 +119,10 @@ def shown_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.shown.npz")
 
 
-def arrays_of(file: Path) -> Any:
-    """The array of a .npy file, or those of a .npz file by name; no objects, which would be unpickled.
-
-    Raises:
-        UserError: The file holds something else, or is damaged.
-    """
-    try:
-        found = np.load(file, allow_pickle=False)
-        if file.suffix != ".npz":
-            return found
-        with found:
-            return {name: found[name] for name in found.files}
-    except Exception as error:  # a damaged file raises any of a dozen kinds, of numpy, zipfile and zlib
-        raise UserError(f"{file}: holds no plain arrays, or is cut short: evaluate again") from error
-
-
 def shown_of(file: Path) -> dict[str, np.ndarray]:
     """What is there: the images as ``""``, their predicted classes as ``/predicted``; nothing where it is damaged."""
     try:
-        found = arrays_of(shown_file(file))
+        found = read_arrays(shown_file(file))
         images, predicted = found["adv"], found["predicted"]
     except (UserError, KeyError):
         return {}

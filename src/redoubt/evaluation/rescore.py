@@ -12,11 +12,11 @@ import torch
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
-from redoubt.evaluation.kept import arrays_of, examples_file
+from redoubt.evaluation.kept import examples_file
 from redoubt.evaluation.suite import suite
 from redoubt.evaluation.verdicts import SLACK, correct, distances, full_precision, logits_of
 from redoubt.nets import attack_mode
-from redoubt.runs.files import read_json, write_json
+from redoubt.runs.files import read_arrays, read_json, write_json
 from redoubt.training.progress import Counter
 
 #: Verdicts whose two largest logits are closer than this may differ from one order of additions to another.
@@ -47,7 +47,7 @@ def rescore(
     record = read_json(folder / "attack.json") or {}
     if not record.get("evaluation", {}).get("save"):
         raise UserError(f"{folder} kept no adversarial examples: evaluate with evaluation.save=float32 or uint8 first")
-    verdicts = arrays_of(folder / "verdicts.npz")
+    verdicts = read_arrays(folder / "verdicts.npz")
     images, labels = data.arrays("test")
     n, chunk = len(verdicts["label"]), int(record["evaluation"]["chunk"])
     if len(labels) < n or not np.array_equal(labels[:n].numpy(), verdicts["label"]):
@@ -61,7 +61,7 @@ def rescore(
             missing = [file for file in files if not file.is_file()]
             if missing:
                 raise UserError(f"{missing[0]} is missing: evaluate again with evaluation.save")
-            examples = np.concatenate([arrays_of(file) for file in files])
+            examples = np.concatenate([read_arrays(file) for file in files])
             right, gaps, distance = [], [], 0.0
             for start in range(0, n, batch):
                 adv = torch.from_numpy(examples[start : start + batch]).to(device)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from redoubt.errors import UserError
-from redoubt.runs.files import read_json, read_rows
+from redoubt.runs.files import read_arrays, read_json, read_rows
 from redoubt.runs.store import Run, Store
 
 log = logging.getLogger("redoubt")
@@ -59,13 +59,13 @@ class Evaluation:
         path = self.folder / "examples.npz"
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        found: dict[str, np.ndarray] = read_arrays(path)
+        return found
 
     def verdicts(self) -> dict[str, np.ndarray]:
         """``index``, ``label`` int64 [N] and, by attack, which examples stayed right, bool [N]."""
-        with np.load(self.folder / "verdicts.npz", allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        found: dict[str, np.ndarray] = read_arrays(self.folder / "verdicts.npz")
+        return found
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import base64
 import hashlib
 import json
 import math
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from redoubt.errors import UserError
 from redoubt.reporting import groups
 from redoubt.reporting.collect import Evaluation, Record
 from redoubt.reporting.pictures import pictures
@@ -134,7 +134,7 @@ def _verdicts(evaluation: Evaluation) -> dict[str, Any] | None:
     try:
         found = evaluation.verdicts()
         index, label = found.pop("index"), found.pop("label")
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # a damaged file is no file
+    except (UserError, KeyError):  # a damaged file is no file
         return None
     names = [m for m in evaluation.results["metrics"] if m in found]
     bits = np.packbits(np.stack([found[m] for m in names]).astype(bool), axis=1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
 
+from redoubt.errors import UserError
 from redoubt.reporting.collect import Evaluation, Record
 
 #: Images and attacks that are shown of a run.
@@ -44,7 +44,7 @@ def pictures(record: Record) -> Pictures | None:
 def _examples(evaluation: Evaluation) -> Pictures | None:
     try:
         found = evaluation.examples()
-    except (OSError, ValueError, zipfile.BadZipFile):  # a damaged file is no file
+    except UserError:  # a damaged file is no file
         found = None
     if found is None or "clean" not in found:
         return None

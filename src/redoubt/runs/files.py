@@ -145,6 +145,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
+def read_arrays(file: Path) -> Any:
+    """The array of a .npy file, or those of a .npz file by name; no objects, which would be unpickled.
+
+    Raises:
+        UserError: The file holds something else, or is damaged.
+    """
+    import numpy as np  # takes a moment, which --help does without
+
+    try:
+        found = np.load(file, allow_pickle=False)
+        if file.suffix != ".npz":
+            return found
+        with found:
+            return {name: found[name] for name in found.files}
+    except Exception as error:  # a damaged file raises any of a dozen kinds, of numpy, zipfile and zlib
+        raise UserError(f"{file}: holds no plain arrays, or is cut short: evaluate again") from error
+
+
 def sha256(path: Path | str) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
