@@ -25,7 +25,7 @@ Peers = Mapping[str, Callable[[RobustModule], PGDAT]]
 Work = tuple[Callable[[Options, RobustModule, Batch, str], object], Callable[[PGDAT, Batch], object]]
 CRAFT: Work = (ours.craft, lambda peer, batch: peer.craft(batch.x, batch.y))
 STEP: Work = (ours.step, lambda peer, batch: peer.step(batch.x, batch.y))
-#: Of the step whose memory is read: each frees what the one before it held, so that more of them only take longer.
+#: Of the step whose memory is read: each frees what the one before it held. Ten added up to 40 MiB and take long.
 ATTACK_STEPS = 2
 SPEED = ("side", "median", "min", "max", "n", "ratio", "GFLOP", "share")
 
