@@ -67,7 +67,7 @@ def memory(o: Options) -> Section:
     """What building a cell and one step add to the peak of memory, each side alone."""
     title = f"Peak memory of building and one training step, {o.model}, batch {o.batch}: MiB"
     section = Section("memory", title, ["cell", "side", "median", "min", "max", "n", "ratio"])
-    o = dataclasses.replace(o, overrides=(*o.overrides, f"inner.steps={ATTACK_STEPS}"))
+    o = dataclasses.replace(o, overrides=(f"inner.steps={ATTACK_STEPS}", *o.overrides))
 
     def by_us(cell: str, precision: str) -> None:
         module = ours.build(o, cell)
@@ -87,7 +87,8 @@ def memory(o: Options) -> Section:
         readings = alternate(sides, peak_memory_on(o.device), pairs=o.pairs, seconds=0, warm=False)
         section.rows += [{"cell": cell, **row} for row in compared(readings, first_of(o))]
     section.notes.append(
-        f"On a CPU: resident memory of the process above that before building. {ATTACK_STEPS} steps of the attack."
+        "On a CPU: resident memory of the process above that before building. "
+        f"{ATTACK_STEPS} steps of the attack, unless inner.steps is given."
     )
     return section
 
