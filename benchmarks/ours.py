@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from benchmarks.machine import flops
@@ -97,6 +98,17 @@ def step(o: Options, module: RobustModule, batch: Batch, precision: str) -> None
     with autocast(o, precision):
         module.training_step(batch, 0)
     module.watch.look(module.steps_done)
+
+
+@contextmanager
+def short_attack(o: Options, module: RobustModule) -> Iterator[None]:
+    """The module's attack takes one step meanwhile: it warms a CPU up; CUDA graphs and compilers want all steps."""
+    whole = module.inner
+    if o.device.type == "cpu" and not o.compile:
+        module.inner = copy.copy(whole)
+        module.inner.steps, module.inner.stages = 1, []
+    yield
+    module.inner = whole
 
 
 def craft(o: Options, module: RobustModule, batch: Batch, precision: str) -> Tensor:

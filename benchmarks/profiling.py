@@ -48,7 +48,8 @@ def one(o: Options, cell: str) -> Row:
     batch = ours.noise_batch(o, module, o.batch)
     for name in PHASES:
         named(module, name)
-    ours.step(o, module, batch, o.precisions[-1])
+    with ours.short_attack(o, module):
+        ours.step(o, module, batch, o.precisions[-1])
     gpu = o.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities) as seen, record_function("whole"), ours.autocast(o, o.precisions[-1]):

@@ -42,8 +42,8 @@ def scaling(o: Options) -> Section:
 def axes(o: Options) -> dict[str, dict[int, Point]]:
     """For each axis a point per value, the base first."""
     size = int(ours.compose(o, "at").data.image_size)
-    half = max(2, o.batch // 2)
-    batches = dict.fromkeys((o.batch, max(2, o.batch // 4), half, 2 * o.batch))
+    half = half_of(o)
+    batches = dict.fromkeys((half, max(2, o.batch // 8), max(2, o.batch // 4), o.batch))
     wide = dataclasses.replace(o, overrides=tuple(w for w in o.overrides if not w.startswith("model.")))
     return {
         "batch": {n: point(o, n) for n in batches},
@@ -53,19 +53,26 @@ def axes(o: Options) -> dict[str, dict[int, Point]]:
     }
 
 
+def half_of(o: Options) -> int:
+    """The batch of the base, so that what is twice the work of it does not take long."""
+    return max(2, o.batch // 2)
+
+
 def point(o: Options, batch: int, *more: str, model: str | None = None) -> Point:
-    """One step with a batch of this size, and its GFLOP, counted with two images."""
+    """One step with a batch of this size, warmed up, and its GFLOP, counted with two images."""
     counted, pair = ours.countable(o, "at", *more, model=model)
     gflop = ours.gflop(lambda: ours.step(o, counted, pair, o.precisions[0]), batch)
     module = ours.build(o, "at", *more, model=model)
     images = ours.noise_batch(o, module, batch)
+    with ours.short_attack(o, module):
+        ours.step(o, module, images, o.precisions[0])
     return lambda: ours.step(o, module, images, o.precisions[0]), gflop
 
 
 def along(o: Options, axis: str, points: dict[int, Point]) -> list[Row]:
     """Rows of one axis, in the order of the values behind the base."""
     calls = {value: call for value, (call, _) in points.items()}
-    readings = alternate(calls, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds / 2)
+    readings = alternate(calls, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds / 2, warm=False)
     per_work = {value: [s / points[value][1] for s in seconds] for value, seconds in readings.items()}
     base = next(iter(points))
     return [
@@ -79,11 +86,11 @@ def along(o: Options, axis: str, points: dict[int, Point]) -> list[Row]:
 
 def processes(o: Options) -> list[Row]:
     """One process, two of them, and one with the threads of two."""
-    each = max(1, o.threads // 2)
+    each, half = max(1, o.threads // 2), half_of(o)
     sides = {
-        "1": lambda: together(o, world=1, threads=each, batch=o.batch),
-        "2": lambda: together(o, world=2, threads=each, batch=2 * o.batch),
-        "1, all threads": lambda: together(o, world=1, threads=2 * each, batch=2 * o.batch),
+        "1": lambda: together(o, world=1, threads=each, batch=half),
+        "2": lambda: together(o, world=2, threads=each, batch=2 * half),
+        "1, all threads": lambda: together(o, world=1, threads=2 * each, batch=2 * half),
     }
     readings = alternate(sides, lambda call: call(), pairs=o.pairs, seconds=o.seconds, warm=False)
     rows = [{"axis": "processes", "value": name, **summary(readings[name])} for name in sides]
@@ -91,8 +98,8 @@ def processes(o: Options) -> list[Row]:
     return rows
 
 
-def together(o: Options, *, world: int, threads: int, batch: int, steps: int = 3) -> float:
-    """Seconds per step of processes that share a global batch; each warms up with one step."""
+def together(o: Options, *, world: int, threads: int, batch: int, steps: int = 2) -> float:
+    """Seconds per step of processes that share a global batch; each warms up before."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
@@ -109,7 +116,8 @@ def _rank(rank: int, o: Options, world: int, threads: int, batch: int, steps: in
     whole = ours.noise_batch(o, module, batch)
     first, last = batch * rank // world, batch * (rank + 1) // world
     mine = whole._replace(x=whole.x[first:last], y=whole.y[first:last], start=first)
-    ours.step(o, module, mine, o.precisions[0])
+    with ours.short_attack(o, module):
+        ours.step(o, module, mine, o.precisions[0])
     if world > 1:
         dist.barrier()
     began = time.perf_counter()

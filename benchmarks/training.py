@@ -106,9 +106,13 @@ def measured(
     gflop = {name: ours.gflop(call, size) for name, call in calls(o, counted, pair, work, peers).items()}
     module = ours.build(o, cell, model=model)
     limits = {p: product(o.device, DTYPES[p], size) for p in dict.fromkeys(("float32", *o.precisions))}
-    sides: dict[Any, Call] = {**calls(o, module, ours.noise_batch(o, module, size), work, peers)}
+    batch = ours.noise_batch(o, module, size)
+    with ours.short_attack(o, module):
+        for call in calls(o, module, batch, work, peers).values():
+            call()
+    sides: dict[Any, Call] = {**calls(o, module, batch, work, peers)}
     sides |= {("products", p): call for p, (call, _) in limits.items()}
-    readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=seconds)
+    readings = alternate(sides, seconds_on(o.device), pairs=o.pairs, seconds=seconds, warm=False)
     rates = {p: [done / s for s in readings.pop(("products", p))] for p, (_, done) in limits.items()}
     rows = compared(readings, first_of(o))
     for row in rows:
