@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from benchmarks import write
-from benchmarks.machine import DTYPES, describe, product
+from benchmarks.machine import DTYPES, describe, product, square
 from benchmarks.measure import Section, seconds_on
 from benchmarks.options import Options, read
 from benchmarks.ours import CELLS
@@ -47,7 +47,6 @@ def main(words: Sequence[str]) -> list[Section]:
     """Measures the chosen parts, shows and writes them."""
     o = read(words, CELLS)
     torch.set_num_threads(o.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     quiet_lightning()
     warnings.filterwarnings("ignore", category=UserWarning)
     results = {
@@ -55,6 +54,7 @@ def main(words: Sequence[str]) -> list[Section]:
         "command": shlex.join(["python", "benchmarks/bench.py", *words]),
         "machine": describe(o.device),
         "matrix_rate": {p: rate(o, p) for p in o.precisions},
+        "square_rate": {p: square_rate(o, p) for p in o.precisions},
     }
     sections = []
     for name in o.parts:
@@ -68,9 +68,15 @@ def main(words: Sequence[str]) -> list[Section]:
 
 
 def rate(o: Options, precision: str) -> float:
-    """GFLOP/s of matrix products at the beginning."""
+    """GFLOP/s of matrix products of the convolutions' shapes at the beginning."""
     call, gflop = product(o.device, DTYPES[precision], o.batch)
     return gflop / seconds_on(o.device)(call)
+
+
+def square_rate(o: Options, precision: str) -> float:
+    """The same of large square matrices, which no convolution of the nets is."""
+    call, gflop = square(o.device, DTYPES[precision])
+    return gflop / min(seconds_on(o.device)(call) for _ in range(5))
 
 
 if __name__ == "__main__":
@@ -78,3 +84,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"bench: {error}")
+    except KeyboardInterrupt:
+        print("bench: stopped by the keyboard; what parts are done is written", file=sys.stderr)
+        sys.exit(130)

@@ -18,6 +18,8 @@ from torch.utils.flop_counter import flop_registry
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 #: (C_out, 9 C_in, H W) of the 3x3 convolutions of ResNet-18's four stages, 32x32 images: as products of matrices.
 CONVOLUTIONS = ((64, 576, 1024), (128, 1152, 256), (256, 2304, 64), (512, 4608, 16))
+#: Columns of the factors: more make no product faster and want memory.
+MOST = 2**17
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        found["TF32 of convolutions"] = torch.backends.cudnn.allow_tf32
     return found
 
 
@@ -50,7 +53,7 @@ def product(device: torch.device, dtype: torch.dtype, batch: int, least: float =
     """
     clock, found = seconds_on(device), []
     for m, k, pixels in CONVOLUTIONS:
-        n = batch * pixels
+        n = min(batch * pixels, MOST)
         a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
         call = functools.partial(torch.mm, a, b, out=torch.empty(m, n, device=device, dtype=dtype))
         call()
@@ -61,6 +64,15 @@ def product(device: torch.device, dtype: torch.dtype, batch: int, least: float =
     _, call, once, gflop = max(found, key=lambda entry: entry[0])
     repeats = max(1, round(least / once))
     return lambda: [call() for _ in range(repeats)], gflop * repeats
+
+
+def square(device: torch.device, dtype: torch.dtype) -> tuple[Call, float]:
+    """A product of square matrices as a call and its GFLOP."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    call = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+    call()
+    return call, 2 * n**3 / 1e9
 
 
 def flops(call: Callable[[], Any]) -> int:

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 
 from redoubt.errors import UserError, did_you_mean
+from redoubt.runs.files import must_be_writable
+from redoubt.training.compiling import MODES
 from redoubt.training.trainer import cpu_has_bf16
 
 PARTS = ("craft", "step", "libraries", "data", "suite", "start", "memory", "scaling", "profile")
 BOTH = ("float32", "bf16")
+#: The framework's keys without a dot that may be given, and those by which it would do other work than its peers.
+FRAMEWORK = ("channels_last", "fold")
+OURS_ALONE = ("inner.stages", "inner.keep_best", "threat.norm", "awp.", "ema.", "optimizer.nesterov", "optimizer.clip",
+              "trainer.accumulate", "trainer.precision")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Options:
         precisions: Of ``BOTH``, in which the framework's step is measured.
         threads: Of torch.
         device: cpu or cuda.
-        compile: Compile the framework's nets.
+        compile: How the framework's nets are compiled: its ``compile=``; None: not at all.
         workers: Of the authors' DataLoader.
         suites: Of ``redoubt``'s evaluation, or single attacks of fsr_suite.
         images, eps: Images that a suite attacks, and by how much.
@@ -46,7 +52,7 @@ class Options:
     precisions: tuple[str, ...] = BOTH
     threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
-    compile: bool = False
+    compile: str | None = None
     workers: int = 2
     suites: tuple[str, ...] = ("fsr_suite",)
     images: int = 32
@@ -66,7 +72,7 @@ class Options:
 
 
 def read(words: Sequence[str], cells: Sequence[str]) -> Options:
-    """Options of ``key=value`` words; a key with a dot, such as ``inner.steps=5``, is the framework's.
+    """Options of ``key=value`` words; a key with a dot, such as ``inner.steps=5``, is the framework's, as is one of `FRAMEWORK`.
 
     Args:
         words: Of the command line.
@@ -83,7 +89,9 @@ def read(words: Sequence[str], cells: Sequence[str]) -> Options:
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"{word!r}: write key=value")
-        if "." in key:
+        if "." in key or key in FRAMEWORK:
+            if key.startswith(OURS_ALONE):
+                raise UserError(f"{key}: the peers know no such thing and would do other work; leave it out")
             overrides.append(word)
         elif key not in known:
             raise UserError(f"{key} is not a key of bench.py{did_you_mean(key, known)}")
@@ -102,8 +110,12 @@ def read(words: Sequence[str], cells: Sequence[str]) -> Options:
     if "seconds" in said:
         found["seconds"] = float(_whole("seconds", said["seconds"], 0))
     if "compile" in said:
-        found["compile"] = _choice("compile", said["compile"], ("true", "false")) == "true"
+        how = _choice("compile", said["compile"], ("true", "false", *MODES[1:]))
+        found["compile"] = None if how == "false" else how
     found |= {key: said[key] for key in ("eps", "run", "to", "markdown") if key in said}
+    for key in ("to", "markdown"):
+        if key in said:
+            must_be_writable(said[key])
     device = torch.device(_choice("device", said.get("device", "cpu"), ("cpu", "cuda")))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: no GPU is visible to torch here; take device=cpu")
@@ -135,6 +147,6 @@ def _choice(key: str, value: str, known: Sequence[str]) -> str:
 
 
 def _whole(key: str, value: str, least: int) -> int:
-    if not value.isdigit() or int(value) < least:
+    if not value.isdecimal() or int(value) < least:
         raise UserError(f"{key}={value} must be a whole number of at least {least}")
     return int(value)

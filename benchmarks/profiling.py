@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import ours
 from benchmarks.measure import Row, Section
 from benchmarks.options import Options
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from redoubt.defenses import RobustModule
@@ -16,11 +17,24 @@ from redoubt.defenses import RobustModule
 #: Kinds of work by the names of the operations that do it, the first that fits.
 KINDS = {
     "convolution": ("conv", "mkldnn", "mm", "linear", "gemm"),
-    "batch norm": ("batch_norm", "batchnorm"),
-    "optimizer": ("optimizer", "_fused_", "foreach"),
+    "batch norm": ("batch_norm", "batchnorm", "bn_"),
+    "optimizer": ("optimizer", "_fused_", "foreach", "multi_tensor"),
     "order statistics": ("topk", "sort", "amax"),
     "random numbers": ("rand", "uniform", "normal_"),
-    "copies and layout": ("copy", "clone", "contiguous", "_to_copy", "fill", "zero", "cat", "empty"),
+    "copies and layout": (
+        "copy",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "fill",
+        "zero",
+        "cat",
+        "empty",
+        "memcpy",
+        "memset",
+        "tonhwc",
+        "tonchw",
+    ),
 }
 #: What makes the host wait for a GPU; on a CPU, where nothing waits, what reads a tensor's value.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -55,7 +69,7 @@ def one(o: Options, cell: str) -> Row:
     with profile(activities=activities) as seen, record_function("whole"), ours.autocast(o, o.precisions[-1]):
         module.training_step(batch, 0)
     events = seen.key_averages()
-    return {"cell": cell, **phases(events, gpu), **kinds(events, gpu), "host reads": reads(events, gpu)}
+    return {"cell": cell, **phases(events, gpu), **kinds(events, gpu), "host reads": reads(seen.events(), gpu)}
 
 
 def named(module: RobustModule, name: str) -> None:
@@ -77,7 +91,8 @@ def phases(events: Any, gpu: bool) -> dict[str, float]:
 def kinds(events: Any, gpu: bool) -> dict[str, Any]:
     own: Counter[str] = Counter()
     for e in events:
-        if e.key.startswith(("step/", "whole", "ProfilerStep")):
+        # On a GPU the time is the kernels': operations that launch them bear it a second time.
+        if e.key.startswith(("step/", "whole", "ProfilerStep")) or (gpu and e.device_type != DeviceType.CUDA):
             continue
         own[e.key] += e.self_device_time_total if gpu else e.self_cpu_time_total
     whole = sum(own.values())
@@ -91,4 +106,7 @@ def kinds(events: Any, gpu: bool) -> dict[str, Any]:
 
 
 def reads(events: Any, gpu: bool) -> int:
-    return sum(e.count for e in events if e.key in (WAITS if gpu else READS))
+    """How often the host waits within the step; the profiler itself waits for the GPU after it."""
+    step = next(e.time_range for e in events if e.name == "whole" and e.device_type == DeviceType.CPU)
+    wanted = WAITS if gpu else READS
+    return sum(e.name in wanted and step.start <= e.time_range.start <= step.end for e in events)

@@ -56,7 +56,8 @@ def _lines(results: Mapping[str, Any], sections: Sequence[Section]) -> Iterator[
     yield f"```bash\n{results['command']}\n```\n"
     yield ", ".join(f"{key} {value}" for key, value in machine.items()) + ".\n"
     rates = ", ".join(f"{name} {shown(value)} GFLOP/s" for name, value in results["matrix_rate"].items())
-    yield f"Matrix products: {rates}."
+    squares = ", ".join(f"{name} {shown(value)}" for name, value in results["square_rate"].items())
+    yield f"Matrix products of the convolutions' shapes: {rates}; of large squares: {squares}."
     for section in sections:
         yield f"\n### {section.title}\n"
         yield f"| {' | '.join(section.columns)} |"

@@ -120,7 +120,7 @@ def test_what_is_measured_is_the_call() -> None:
     assert flops(lambda: torch.autograd.grad(conv(x).sum(), x)) == 2 * once
 
 
-def test_keys() -> None:
+def test_keys(tmp_path: Path) -> None:
     o = read(["model=resnet18,wrn34_10", "batch=32,4", "parts=craft", "threads=1", "inner.steps=2"], ours.CELLS)
     assert o.nets == (("resnet18", 32), ("wrn34_10", 4))
     assert (o.parts, o.threads, o.overrides) == (("craft",), 1, ("inner.steps=2",))
@@ -130,6 +130,10 @@ def test_keys() -> None:
     refused(lambda: read(["pairs=0"], ours.CELLS), "pairs=0", "at least 1")
     refused(lambda: read(["precision=fp8"], ours.CELLS), "precision=fp8", "bf16")
     refused(lambda: read(["steps"], ours.CELLS), "key=value")
+    refused(lambda: read(["inner.stages=[[0,1,1.0]]"], ours.CELLS), "inner.stages", "peers")
+    refused(lambda: read([f"to={tmp_path}"], ours.CELLS), str(tmp_path), "directory")
+    assert read(["compile=reduce-overhead", "fold=false"], ours.CELLS).overrides == ("fold=false",)
+    assert (read(["compile=false"], ours.CELLS).compile, read(["compile=true"], ours.CELLS).compile) == (None, "true")
 
 
 def test_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +158,9 @@ def test_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rate = at["GFLOP"] / at["median"] / at["share"]
     assert 0.2 < rate / results["matrix_rate"]["float32"] < 5  # measured twice, on a machine that may be busy
     assert (at["forward"], at["backward"]) == (4, 4)
+    assert authors["speed-up"] == 1
+    assert at["speed-up"] == pytest.approx(authors["readings"][0] / at["readings"][0])
+    assert at["share"] == pytest.approx(at["GFLOP"] / at["rates"][0] / at["readings"][0])
     assert [row["agree"] for row in rows["suite"]] == ["8 of 8", "12 of 12", "24 of 24", "8 of 8", "24 of 24"]
     for row in rows["profile"]:
         assert row["craft"] + row["update"] + row["after_step"] == pytest.approx(100, abs=25)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import redoubt
-from redoubt import config, launched
+from redoubt import config, deadline, launched
 from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
@@ -61,7 +61,7 @@ def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
             return {"train": train, "eval": evaluate_only, "audit": audit}[command](cfg, overrides)
     except Stopped as stopped:  # what is to be kept is kept
         asked = int(stopped.code or 0) - 128
-        if launched.first() and asked > 0:
+        if launched.first() and asked > 0 and not deadline.over():  # its end says whoever has set it
             name = signal.Signals(asked).name
             print(f"redoubt: stopped by {name}; the same command goes on from what was saved", file=sys.stderr)
             if asked == number:

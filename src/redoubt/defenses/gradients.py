@@ -81,9 +81,12 @@ def differentiate(
 
 
 def add(total: list[Gradient] | None, new: list[Gradient]) -> list[Gradient]:
-    """Sums two sets of gradients, in place where both are there."""
+    """Sums two sets of gradients, in place where both are there; the first is copied.
+
+    A compiled backward's own memory may be written over by the next micro-batch.
+    """
     if total is None:
-        return new
+        return [[None if g is None else g.clone() for g in gradient] for gradient in new]
     for old, more in zip(total, new, strict=True):
         both = [(a, b) for a, b in zip(old, more, strict=True) if a is not None and b is not None]
         if both:

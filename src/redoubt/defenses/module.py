@@ -350,7 +350,7 @@ class RobustModule(LightningModule):
                 values = losses(x[part], adv[part], y[part])
             weight = piece.count / piece.total
             new = grad.differentiate(values, params, weight, None if self.scale is None else self.scale.scale)
-            total = grad.add(total, new)
+            total = new if self.accumulate == 1 else grad.add(total, new)
         assert total is not None
         # BatchNorm's statistics travel along: the ranks never differ, in no step, so neither do their averages,
         # attacks and checkpoints.

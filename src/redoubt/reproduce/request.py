@@ -17,7 +17,7 @@ from redoubt.units import as_number, seeds_of
 
 KEYS = ("table", "rows", "seeds", "max_minutes", "audit", "autoattack", "to")
 #: What the table says; of another choice it would be no reproduction.
-FIXED = ("experiment", "defense", "base", "seed", "attack", "sweep", "run", "checkpoint", "rescore", "plan")
+FIXED = ("experiment", "defense", "base", "seed", "attack", "sweep", "run", "checkpoint", "rescore")
 #: What an evaluation of a finished run may be told.
 _OF_EVALUATION = ("paths.", "trainer", "data.root", "data.source", "data.verify", "data.limit_test", "logger")
 
@@ -96,11 +96,22 @@ def _of_cell(found: Cell, said: Sequence[str]) -> list[str]:
     """The words of a row, as far as the command line does not replace them."""
     keys = {_key(word) for word in said}
     words = [word for word in found.words() if _key(word) not in keys]
+    if "schedule=fast" in said:
+        words += [word for word in _shortened(found) if _key(word) not in keys]
     if "model" not in keys:
         return words
     if found.experiment is None:  # what it sets is of the published net
         return [word for word in words if not word.startswith("model.")]
     return [*words, *(f"~{key}" for key in found.settings if key.startswith("model."))]
+
+
+def _shortened(found: Cell) -> list[str]:
+    """What makes the short schedule one of a row: no longer than the published, and plain epochs in proportion."""
+    published, short = composed(*found.words()), composed("schedule=fast")
+    whole = int(published.trainer.max_epochs)
+    epochs = min(whole, int(short.trainer.max_epochs))
+    plain = int(published.defense.get("warmup_epochs") or 0)
+    return [f"trainer.max_epochs={epochs}", *([f"defense.warmup_epochs={plain * epochs // whole}"] if plain else [])]
 
 
 def request(arguments: Sequence[str]) -> Request:
@@ -142,6 +153,8 @@ def _check(word: str) -> None:
         )
     if key == "trainer.fast_dev_run":
         raise UserError("trainer.fast_dev_run stores nothing: for a short run take trainer.max_epochs=1")
+    if key == "plan":
+        raise UserError("plan is not of reproduce: redoubt report plan table=... lists runs, commands and hours")
     if key in FIXED or key.startswith(("sweep.", "hydra")):
         raise UserError(f"{key}: the table says what it is, leave it out; {', '.join(KEYS)} are the command's own keys")
 

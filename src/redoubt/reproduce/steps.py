@@ -12,6 +12,7 @@ from redoubt import config, deadline
 from redoubt.errors import CheckFailed
 from redoubt.reporting.collect import Record
 from redoubt.reproduce.request import Task, Words
+from redoubt.runs.identity import digest
 from redoubt.runs.store import Run
 from redoubt.sweeps import Sweep, Taken, key_of
 
@@ -38,8 +39,9 @@ class Step:
 
     @property
     def key(self) -> str:
-        """Names its record."""
-        return key_of(self.task.training) + self.name
+        """Names its record: of the training that of the sweep's cell, which rows that judge one run otherwise share."""
+        own = f"{self.name}-{digest({'words': self.words})}" if self.name else ""
+        return key_of(self.task.training) + own
 
     @property
     def title(self) -> str:
@@ -86,10 +88,14 @@ def run_of(task: Task, sweep: Sweep) -> str | None:
 
 def attempt(step: Step, sweep: Sweep, job: Job, tell: Tell) -> None:
     """Does a step and notes what became of it; its errors are told, and are no reason to leave others undone."""
+    before = sweep.record(step.key)
     try:
         with sweep.cell(step.key, [step.words]) as noted:
             try:
                 noted |= step.run(sweep, job)
+                if before["state"] == "done" and (before["by"], before["run"]) == (noted["by"], noted["run"]):
+                    for entry in ("evaluations", "results"):
+                        noted[entry] = [*(old for old in before[entry] if old not in noted[entry]), *noted[entry]]
             except CheckFailed as failed:  # what an audit found: it is done
                 noted |= {"run": run_of(step.task, sweep), "results": [], "reason": tell(failed)}
             except Exception as error:

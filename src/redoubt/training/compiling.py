@@ -56,8 +56,8 @@ def compiled(function: Callable[..., Any], mode: bool | str = True) -> Callable[
             return function(x, *rest)
         if mode == MODES[0] or not x.is_cuda:
             return fast(x, *rest)
-        # The next replay of a CUDA graph writes over what this one gave.
-        torch.compiler.cudagraph_mark_step_begin()
+        # The next replay of a CUDA graph writes over what this one gave. When that may be, torch knows: not while a
+        # backward is due, as between the two forwards of TRADES. To mark the steps by hand would overrule it.
         return tree_map_only(Tensor, torch.clone, fast(x, *rest))
 
     return call
