@@ -72,7 +72,7 @@ class Options:
 
 
 def read(words: Sequence[str], cells: Sequence[str]) -> Options:
-    """Options of ``key=value`` words; a key with a dot, such as ``inner.steps=5``, is the framework's, as is one of `FRAMEWORK`.
+    """Options of ``key=value`` words; one with a dot, as ``inner.steps=5``, or of `FRAMEWORK` is the framework's.
 
     Args:
         words: Of the command line.

@@ -21,10 +21,11 @@ from redoubt.errors import UserError
 from redoubt.evaluation.verdicts import Judge
 from redoubt.reporting.cells import Cell, cell, experiments
 from redoubt.reporting.collect import Record
+from redoubt.reporting.match import composed
 from redoubt.reporting.published import find
-from redoubt.reporting.reproduced import PATH, Made, label, sheets
+from redoubt.reporting.reproduced import INVESTIGATE, PATH, Made, label, sheets
 from redoubt.reproduce.request import request
-from redoubt.reproduce.steps import steps, too_long
+from redoubt.reproduce.steps import attempt, steps, too_long
 from redoubt.runs.store import Run, Store
 from redoubt.sweeps import Sweep
 
@@ -81,6 +82,39 @@ def test_what_a_row_sets_of_its_net_is_not_set_of_another() -> None:
 
 
 @pytest.mark.parametrize(
+    ("table", "row", "epochs", "plain"),
+    [
+        ("afd_1", "cifar10_resnet18_pgd_at", 30, None),
+        ("afd_1", "cifar10_resnet18_afd", 20, None),  # the published is shorter
+        ("afd_1", "cifar10_resnet18_vanilla_aft", 20, None),
+        ("cure_4", "CIFAR-10, ResNet-18, CURE_Eff", 30, 11),
+    ],
+)
+def test_the_short_schedule_of_a_row(table: str, row: str, epochs: int, plain: int | None) -> None:
+    (task,) = request([f"table={table}", f"rows={row}", "schedule=fast"]).tasks()
+    cfg = composed(*task.training)
+    assert (cfg.trainer.max_epochs, cfg.schedule.kind) == (epochs, "onecycle")
+    assert cfg.defense.get("warmup_epochs") == plain
+    (task,) = request([f"table={table}", f"rows={row}", "schedule=fast", "trainer.max_epochs=7"]).tasks()
+    assert [word for word in task.training if word.startswith("trainer.max_epochs")] == ["trainer.max_epochs=7"]
+
+
+def test_rows_that_judge_one_run_otherwise_are_done_side_by_side(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "sweeps/s")
+    (tmp_path / "runs/name").mkdir(parents=True)
+    (tmp_path / "runs/name/config.yaml").write_text("{}")
+    (tmp_path / "runs/name/status.json").write_text('{"state": "done"}')
+    found = list(steps(request(["table=cure_revision"]).tasks()))
+    assert len({step.key for step in found if step.name}) == len([step for step in found if step.name])
+    first, second = (step for step in found if not step.name)
+    assert first.key == second.key
+    for step in (first, second):
+        attempt(step, sweep, lambda command, cfg, words: [{"run": "name"}], lambda error: str(error))
+    assert first.done(sweep)
+    assert second.done(sweep)
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["rows=x"], ["table is missing", "fsr_s4"]),
@@ -95,6 +129,7 @@ def test_what_a_row_sets_of_its_net_is_not_set_of_another() -> None:
         (["table=fsr_s4", "defense=none"], ["defense: the table says what it is"]),
         (["table=fsr_s4", "attack=pgd20"], ["attack: the table says what it is"]),
         (["table=fsr_s4", "trainer.fast_dev_run=true"], ["trainer.fast_dev_run stores nothing"]),
+        (["table=fsr_s4", "plan=true"], ["redoubt report plan table=..."]),
         (["table=fsr_s4", "-m"], ["'-m' is no key=value"]),
     ],
 )
@@ -125,6 +160,7 @@ def test_all_steps_then_nothing(shell: Shell, monkeypatch: pytest.MonkeyPatch) -
     trained = trainings(monkeypatch)
     monkeypatch.setattr(AutoAttack, "__call__", lambda self, net, x, y, draws: x)  # its thousands of steps take seconds
     words = [*ROW, *SMALL, *QUICK, "to=RESULTS.md"]
+    Path("RESULTS.md").write_text("# Ours\n\nBy hand.\n")
     first = shell("reproduce", *words)
     assert first.code in (0, 3), first.err  # nobody can say what so small a net's audit finds
     assert [name.rsplit("-", 1)[0] for name in trained] == [
@@ -136,16 +172,19 @@ def test_all_steps_then_nothing(shell: Shell, monkeypatch: pytest.MonkeyPatch) -
     assert "all is done" in first.out
 
     text = Path("RESULTS.md").read_text()
+    assert text.startswith("# Ours\n\nBy hand.\n\n<!-- reproduce table=fsr_s4 -->\n")
+    assert text.endswith("<!-- end of table=fsr_s4 -->\n")
     accuracies = {r["axes"]["attack"]: r["metrics"] for _, r in run.evaluations()}
     ours = 100 * accuracies["fsr_suite"]["pgd20"]["accuracy"]
     assert f"| PGD-20 | 52.47 | {ours:.2f}\\* | {ours - 52.47:+.2f} | 1 | fsr_suite, linf 51/255, 10 images" in text
     auto = 100 * accuracies["autoattack"]["autoattack"]["accuracy"]
     assert f"| AutoAttack | - | {auto:.2f}\\* |  | 1 | autoattack" in text
-    assert text.startswith("# FSR (Kim et al., CVPR 2023), Table S4, CIFAR-10, ResNet-18: " + PATH)
+    assert "\n## FSR (Kim et al., CVPR 2023), Table S4, CIFAR-10, ResNet-18: " + PATH in text
+    assert "\n### How ours was made" in text
     assert "data=digits" in text
     assert "model=cnn_small" in text
     found = json.loads(audit.read_text())["failed"]
-    assert (f"fails {', '.join(found)}" if found else "passed") + " (8 images)" in text
+    assert (f"fails {', '.join(found)}" if found else "passed") + " (8 images, " in text
     assert "Command: python src/reproduce.py table=fsr_s4 rows=after_block4 model=cnn_small" in text
     assert first.code == (3 if found else 0)
 
@@ -157,6 +196,8 @@ def test_all_steps_then_nothing(shell: Shell, monkeypatch: pytest.MonkeyPatch) -
     again = shell("reproduce", *words, "paths.outputs=moved")  # on another folder nothing is left to do either
     assert (again.code, len(trained)) == (first.code, 2)
     assert again.err == ""
+    lines = Path("RESULTS.md").read_text().replace(" paths.outputs=moved", "").splitlines()
+    assert lines == text.splitlines()  # in its place, not once more
     assert files("moved") == before
     assert Path("RESULTS.md").read_text().splitlines()[:12] == text.splitlines()[:12]
 
@@ -236,7 +277,9 @@ def test_a_row_that_fails_does_not_keep_the_others(shell: Shell, monkeypatch: py
     assert "Traceback" not in ended.err
     assert len(trained) == 1
     assert "after Block4" in Path("R.md").read_text()
-    assert "after Block1" not in Path("R.md").read_text()  # only what was run
+    text = Path("R.md").read_text()
+    assert "after Block1" not in text  # only what was run
+    assert "- Missing: fsr/s4_cifar10_resnet18_at_fsr_after_block1 seed=0: training, fsr_suite.\n" in text
     again = shell(*words)
     assert (again.code, len(trained)) == (4, 1)
 
@@ -283,10 +326,13 @@ def test_means_over_seeds_and_how_they_are_marked(tmp_path: Path) -> None:
             runs.append(Record(Run(folder)))
         return Made(entry[1], entry[2], tuple(runs))
 
-    first, second = sheets(table, [made(at, natural=58.0, pgd20=24.0), made(fsr, "schedule=fast", natural=40.0)], "c")
+    first, second = sheets(table, [made(at, natural=58.0, pgd20=21.0), made(fsr, "schedule=fast", natural=40.0)], "c")
     text = first.markdown()
     natural = next(v.number for v in at[1].values if v.metric == "Natural")
     assert f"| AT | Natural | {natural:.2f} | 58.50 ± 0.71 | {58.5 - natural:+.2f} | 2 | fsr_suite, linf 8/255" in text
+    assert "| -2.89 | 2 | fsr_suite, linf 8/255, 10000 images, 100 epochs | " + INVESTIGATE + " |" in text
+    assert INVESTIGATE + ": first what paper and code say otherwise: the separation loss" in text
+    assert text.count(INVESTIGATE) == 2  # neither of the natural accuracy nor of the short schedule
     assert "| AT | PGD-100 | 23.43 | missing |  |  |  |  |" in text
     assert "| AT + FSR | Natural | 58.23 | 40.50 ± 0.71\\* | -17.73 | 2 |" in text
     assert "\\*: CIFAR-100 ResNet-18 AT + FSR: a first answer by a short schedule, not the published recipe: " in text

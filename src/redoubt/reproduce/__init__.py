@@ -26,10 +26,11 @@ published numbers beside ours. What is done is never done again: the same comman
   table        id of the table, as fsr_s4 (redoubt report plan lists their runs and costs)
   rows         a part of the names of experiments, a regular expression, or a list of these in brackets
   seeds        how many of each row (1)
-  max_minutes  end by itself after so many minutes and say what is left
+  max_minutes  end by itself after so many minutes and say what is left; training is cut after any step, an evaluation
+               between attacks and chunks (evaluation.chunk=25 for AutoAttack on a slow device), an audit not at all
   audit        false: no audits (true)
   autoattack   false: no AutoAttack (true)
-  to           a Markdown file for the result
+  to           a Markdown file for the result; what else stands in it is kept
 
 Any other word is one of redoubt train (schedule=fast, trainer.precision=bf16-mixed, data.root=..., paths.outputs=...)
 or of the audit (audit.images=64). What is then not the published recipe is marked.
@@ -114,7 +115,9 @@ def _end(
     for sheet in written:
         console.print(sheet.terminal())
     if asked.to and written:
-        write_text(asked.to, "\n".join(sheet.markdown() for sheet in written))
+        missing = [f"- Missing: {step.title}.\n" for step in left]
+        texts = [f"{'##'[:level]}{sheet.markdown()}\n" for level, sheet in enumerate(written, start=1)]
+        _write(Path(asked.to), asked.table.id, "".join([*texts, *missing]))
         print(f"written to {asked.to}")
     failed = [step for step in left if sweep.record(step.key)["state"] == "failed"]
     for step in failed:
@@ -135,6 +138,18 @@ def _end(
         flush=True,
     )
     return 0 if pause or not failed else 4
+
+
+def _write(path: Path, table: str, text: str) -> None:
+    """Puts a table into a Markdown file, in the place of what an earlier call has written of it; the rest stays."""
+    begins, ends = f"<!-- reproduce table={table} -->\n", f"<!-- end of table={table} -->\n"
+    there = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n"
+    before, found, after = there.partition(begins)
+    if found:
+        after = after.partition(ends)[2] if ends in after else after
+    else:
+        before = before.rstrip("\n") + "\n\n"
+    write_text(path, f"{before}{begins}{text}{ends}{after}")
 
 
 def _made(asked: Request, tasks: Sequence[Task], sweep: Sweep) -> list[Made]:
