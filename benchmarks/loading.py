@@ -102,7 +102,7 @@ def steps(o: Options) -> int:
     """Training steps of one reading."""
     if o.batch > FAKE:
         raise UserError(f"batch={o.batch}: the data part takes at most {FAKE}")
-    return min(3, FAKE // o.batch)
+    return min(2, FAKE // o.batch)
 
 
 class Clock(Callback):

@@ -34,7 +34,7 @@ def scaling(o: Options) -> Section:
         section.rows += processes(o)
         section.notes.append(
             "processes: gloo; of base is the efficiency: time of one process over that of two, each with the same "
-            "threads and batch. Below them one process with the threads and the batch of both."
+            f"threads and a batch of {half_of(o)}. One process with all threads and the batch of both: batch, above."
         )
     return section
 
@@ -42,14 +42,14 @@ def scaling(o: Options) -> Section:
 def axes(o: Options) -> dict[str, dict[int, Point]]:
     """For each axis a point per value, the base first."""
     size = int(ours.compose(o, "at").data.image_size)
-    half = half_of(o)
-    batches = dict.fromkeys((half, max(2, o.batch // 8), max(2, o.batch // 4), o.batch))
+    half, quarter = half_of(o), max(2, o.batch // 4)
+    batches = dict.fromkeys((half, max(2, o.batch // 8), quarter, o.batch))
     wide = dataclasses.replace(o, overrides=tuple(w for w in o.overrides if not w.startswith("model.")))
     return {
         "batch": {n: point(o, n) for n in batches},
         "inner steps": {n: point(o, half, f"inner.steps={n}") for n in (10, 1, 5, 20)},
         "width": {n: point(wide, half, "model.depth=10", f"model.width={n}", model="wrn34_10") for n in (4, 1, 2, 8)},
-        "image size": {n: point(o, half, f"data.image_size={n}") for n in (size, size // 2, 2 * size)},
+        "image size": {n: point(o, quarter, f"data.image_size={n}") for n in (size, size // 2, 2 * size)},
     }
 
 
@@ -85,12 +85,11 @@ def along(o: Options, axis: str, points: dict[int, Point]) -> list[Row]:
 
 
 def processes(o: Options) -> list[Row]:
-    """One process, two of them, and one with the threads of two."""
+    """One process, and two of them."""
     each, half = max(1, o.threads // 2), half_of(o)
     sides = {
         "1": lambda: together(o, world=1, threads=each, batch=half),
         "2": lambda: together(o, world=2, threads=each, batch=2 * half),
-        "1, all threads": lambda: together(o, world=1, threads=2 * each, batch=2 * half),
     }
     readings = alternate(sides, lambda call: call(), pairs=o.pairs, seconds=o.seconds, warm=False)
     rows = [{"axis": "processes", "value": name, **summary(readings[name])} for name in sides]
