@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from benchmarks import write
-from benchmarks.machine import DTYPES, describe, product, square
+from benchmarks.machine import DTYPES, Shape, convolutions, describe, product, squares
 from benchmarks.measure import Section, seconds_on
 from benchmarks.options import Options, read
 from benchmarks.ours import CELLS
@@ -53,8 +53,8 @@ def main(words: Sequence[str]) -> list[Section]:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/bench.py", *words]),
         "machine": describe(o.device),
-        "matrix_rate": {p: rate(o, p) for p in o.precisions},
-        "square_rate": {p: square_rate(o, p) for p in o.precisions},
+        "matrix_rate": {p: rate(o, p, convolutions(o.batch)) for p in o.precisions},
+        "square_rate": {p: rate(o, p, squares(o.device)) for p in o.precisions},
     }
     sections = []
     for name in o.parts:
@@ -67,16 +67,10 @@ def main(words: Sequence[str]) -> list[Section]:
     return sections
 
 
-def rate(o: Options, precision: str) -> float:
-    """GFLOP/s of matrix products of the convolutions' shapes at the beginning."""
-    call, gflop = product(o.device, DTYPES[precision], o.batch)
+def rate(o: Options, precision: str, shapes: Sequence[Shape]) -> float:
+    """GFLOP/s of matrix products at the beginning."""
+    call, gflop = product(o.device, DTYPES[precision], shapes)
     return gflop / seconds_on(o.device)(call)
-
-
-def square_rate(o: Options, precision: str) -> float:
-    """The same of large square matrices, which no convolution of the nets is."""
-    call, gflop = square(o.device, DTYPES[precision])
-    return gflop / min(seconds_on(o.device)(call) for _ in range(5))
 
 
 if __name__ == "__main__":

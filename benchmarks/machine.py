@@ -6,7 +6,7 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,18 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 CONVOLUTIONS = ((64, 576, 1024), (128, 1152, 256), (256, 2304, 64), (512, 4608, 16))
 #: Columns of the factors: more make no product faster and want memory.
 MOST = 2**17
+Shape = tuple[int, int, int]
+
+
+def convolutions(batch: int) -> list[Shape]:
+    """The products [C_out, 9 C_in] x [9 C_in, batch H W] of the convolutions, as (m, k, n)."""
+    return [(m, k, min(batch * pixels, MOST)) for m, k, pixels in CONVOLUTIONS]
+
+
+def squares(device: torch.device) -> list[Shape]:
+    """A large square product, which no convolution of the nets is."""
+    n = 8192 if device.type == "cuda" else 2048
+    return [(n, n, n)]
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -42,18 +54,19 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def product(device: torch.device, dtype: torch.dtype, batch: int, least: float = 0.1) -> tuple[Call, float]:
-    """The fastest matrix product among the convolutions' shapes, as a call and its GFLOP.
+def product(
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape], least: float = 0.1
+) -> tuple[Call, float]:
+    """The fastest matrix product among some shapes, as a call and its GFLOP.
 
     Args:
         device: Where.
         dtype: Of factors and product.
-        batch: Images: the products are [C_out, 9 C_in] x [9 C_in, batch H W].
+        shapes: Of the factors [m, k] x [k, n].
         least: Seconds for which each shape is tried, and that the call repeats the fastest for.
     """
     clock, found = seconds_on(device), []
-    for m, k, pixels in CONVOLUTIONS:
-        n = min(batch * pixels, MOST)
+    for m, k, n in shapes:
         a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
         call = functools.partial(torch.mm, a, b, out=torch.empty(m, n, device=device, dtype=dtype))
         call()
@@ -64,15 +77,6 @@ def product(device: torch.device, dtype: torch.dtype, batch: int, least: float =
     _, call, once, gflop = max(found, key=lambda entry: entry[0])
     repeats = max(1, round(least / once))
     return lambda: [call() for _ in range(repeats)], gflop * repeats
-
-
-def square(device: torch.device, dtype: torch.dtype) -> tuple[Call, float]:
-    """A product of square matrices as a call and its GFLOP."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    call = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
-    call()
-    return call, 2 * n**3 / 1e9
 
 
 def flops(call: Callable[[], Any]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import ours
 from benchmarks.libraries import LIBRARIES
-from benchmarks.machine import DTYPES, product
+from benchmarks.machine import DTYPES, convolutions, product
 from benchmarks.measure import Call, Row, Section, alternate, compared, peak_memory_on, ratio, seconds_on
 from benchmarks.options import Options
 from benchmarks.peer_defenses import PEERS
@@ -105,7 +105,7 @@ def measured(
     counted, pair = ours.countable(o, cell, model=model)
     gflop = {name: ours.gflop(call, size) for name, call in calls(o, counted, pair, work, peers).items()}
     module = ours.build(o, cell, model=model)
-    limits = {p: product(o.device, DTYPES[p], size) for p in dict.fromkeys(("float32", *o.precisions))}
+    limits = {p: product(o.device, DTYPES[p], convolutions(size)) for p in dict.fromkeys(("float32", *o.precisions))}
     batch = ours.noise_batch(o, module, size)
     with ours.short_attack(o, module):
         for call in calls(o, module, batch, work, peers).values():

@@ -144,7 +144,7 @@ def _origin(made: Made, record: Record) -> list[str]:
     status, seconds = record.status, record.status.get("train_seconds")
     audits = [
         f"{'fails ' + ', '.join(report['failed']) if report['failed'] else 'passed'} "
-        f" ({report['n']} images, {clock(float(report.get('seconds') or 0))})"
+        f"({report['n']} images, {clock(float(report.get('seconds') or 0))})"
         for _, report in record.audits
     ]
     time = "missing" if seconds is None else clock(float(seconds))
