@@ -46,7 +46,7 @@ lint: setup  ## ruff and mypy
 	.venv/bin/mypy src
 
 bench: setup  ## what the framework costs beside the papers' own ways and beside the arithmetic (minutes)
-	$(PY) benchmarks/bench.py model=resnet18,wrn34_10 batch=32,4 pairs=5 seconds=4 \
+	$(PY) benchmarks/bench.py model=resnet18,wrn34_10 batch=32,4 pairs=5 seconds=4 minutes=18 \
 		to=outputs/bench.json markdown=outputs/bench.md
 
 lock: | $(filter .tools/bin/uv,$(UV))  ## compile requirements.lock anew

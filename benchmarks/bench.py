@@ -12,6 +12,7 @@ import os
 import pkgutil
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ PARTS = {
 def main(words: Sequence[str]) -> list[Section]:
     """Measures the chosen parts, shows and writes them."""
     o = read(words, CELLS)
+    end = None if o.minutes is None else time.monotonic() + 60 * o.minutes
     torch.set_num_threads(o.threads)
     quiet_lightning()
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -57,8 +59,9 @@ def main(words: Sequence[str]) -> list[Section]:
         "square_rate": {p: rate(o, p, squares(o.device)) for p in o.precisions},
     }
     sections = []
-    for name in o.parts:
-        sections.append(pkgutil.resolve_name(PARTS[name])(o))
+    for name in sorted(o.parts, key=lambda part: end is not None and part == "step"):
+        more = {"end": end} if name == "step" else {}
+        sections.append(pkgutil.resolve_name(PARTS[name])(o, **more))
         write.show(sections[-1])
         if o.to:  # after each part: a long run that is broken off has not been in vain
             write.as_json(Path(o.to), results, sections)

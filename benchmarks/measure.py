@@ -89,7 +89,8 @@ def alternate(
         sides: The calls, in the order of their turns.
         measure: What is read of a call.
         pairs: Rounds.
-        seconds: No round begins later than this after the first counted one; one is always made.
+        seconds: No round begins that would end later than this after the first one began, were it as long as those
+            before it; one is always made.
         warm: A first round warms up and is not counted.
 
     Returns:
@@ -100,7 +101,7 @@ def alternate(
     readings: dict[Any, list[float]] = {name: [] for name in sides}
     began = time.monotonic()
     for done in range(pairs):
-        if done and time.monotonic() - began > seconds:
+        if done and (time.monotonic() - began) * (done + 1) / done > seconds:
             break
         for name, call in sides.items():
             readings[name].append(measure(call))

@@ -32,6 +32,7 @@ class Options:
         nets: (model, batch); every part but craft takes the first.
         cells: Of ``redoubt``'s grid, see ``benchmarks.ours.CELLS``.
         pairs, seconds: Rounds of a comparison, and the time after which no other round begins.
+        minutes: Of the whole: ``step`` is measured last, and its rounds take what is left of them.
         precisions: Of ``BOTH``, in which the framework's step is measured.
         threads: Of torch.
         device: cpu or cuda.
@@ -49,6 +50,7 @@ class Options:
     cells: tuple[str, ...] = ("at", "trades", "mart", "fsr", "afd", "cure")
     pairs: int = 5
     seconds: float = 60.0
+    minutes: float | None = None
     precisions: tuple[str, ...] = BOTH
     threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
@@ -81,8 +83,8 @@ def read(words: Sequence[str], cells: Sequence[str]) -> Options:
     Raises:
         UserError: An unknown key or a value out of range.
     """
-    known = ("parts", "model", "batch", "cells", "pairs", "seconds", "precision", "threads", "device", "compile",
-             "workers", "suites", "images", "eps", "run", "to", "markdown")  # fmt: skip
+    known = ("parts", "model", "batch", "cells", "pairs", "seconds", "minutes", "precision", "threads", "device",
+             "compile", "workers", "suites", "images", "eps", "run", "to", "markdown")  # fmt: skip
     said: dict[str, str] = {}
     overrides = []
     for word in words:
@@ -107,8 +109,9 @@ def read(words: Sequence[str], cells: Sequence[str]) -> Options:
     for key in ("pairs", "threads", "workers", "images"):
         if key in said:
             found[key] = _whole(key, said[key], 0 if key == "workers" else 1)
-    if "seconds" in said:
-        found["seconds"] = float(_whole("seconds", said["seconds"], 0))
+    for key, least in (("seconds", 0), ("minutes", 1)):
+        if key in said:
+            found[key] = float(_whole(key, said[key], least))
     if "compile" in said:
         how = _choice("compile", said["compile"], ("true", "false", *MODES[1:]))
         found["compile"] = None if how == "false" else how

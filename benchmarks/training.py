@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,13 +41,14 @@ def craft(o: Options) -> Section:
     return section
 
 
-def step(o: Options) -> Section:
-    """The full step of every cell."""
+def step(o: Options, end: float | None = None) -> Section:
+    """The full step of every cell; ``end``: when to be done, by ``time.monotonic``, in place of ``seconds``."""
     title = f"Full training step, {o.model}, batch {o.batch}: seconds"
     section = Section("step", title, ["cell", *SPEED, "of at", "forward", "backward"])
     medians: dict[str, float] = {}
-    for cell in o.cells:
-        rows, passes = measured(o, cell, o.model, o.batch, STEP, authors(cell), 4 * o.seconds)
+    for done, cell in enumerate(o.cells):
+        seconds = 4 * o.seconds if end is None else (end - time.monotonic()) / (len(o.cells) - done)
+        rows, passes = measured(o, cell, o.model, o.batch, STEP, authors(cell), seconds)
         for row in rows:
             if cell == "at":
                 medians[row["side"]] = row["median"]

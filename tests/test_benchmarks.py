@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks import measure as measuring
 from benchmarks import ours
 from benchmarks.machine import flops
 from benchmarks.measure import alternate, compared, peak_memory_on, seconds_on
@@ -107,6 +109,42 @@ def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
     assert [row["ratio"] for row in rows] == [1.0, pytest.approx((4 / 3 + 6 / 5) / 2)]
     assert {"median": 5.0, "min": 4.0, "max": 6.0, "n": 2}.items() <= rows[1].items()
     assert len(alternate(sides, measure, pairs=9, seconds=0)["a"]) == 1
+
+
+def test_no_round_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def call() -> None:
+        now[0] += 2
+
+    def rounds(seconds: float) -> int:
+        readings = alternate({"a": call, "b": call}, lambda c: c() or 1.0, pairs=9, seconds=seconds, warm=False)
+        return len(readings["a"])
+
+    assert [rounds(s) for s in (-1, 7.9, 8, 11.9, 12, 1000)] == [1, 1, 2, 2, 3, 9]
+
+
+def test_the_step_is_measured_last_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench, training
+
+    asked: list[float] = []
+    now = [0.0]
+
+    def measured(o, cell, model, size, work, peers, seconds):
+        asked.append(seconds)
+        now[0] += 100
+        return [{"side": "ours, float32", "median": 1.0}], {}
+
+    for module in (bench, training):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(training, "measured", measured)
+    words = ["parts=step,craft", "cells=at,fsr", "precision=float32", "threads=1", "seconds=5"]
+    assert [s.name for s in bench.main([*words, "minutes=10"])] == ["craft", "step"]
+    assert asked == [5, (600 - 100) / 2, 600 - 200]
+    asked.clear()
+    assert [s.name for s in bench.main(words)] == ["step", "craft"]
+    assert asked == [20, 20, 5]
 
 
 def test_what_is_measured_is_the_call() -> None:
