@@ -25,7 +25,7 @@ from redoubt.reporting.match import composed
 from redoubt.reporting.published import find
 from redoubt.reporting.reproduced import INVESTIGATE, PATH, Made, label, sheets
 from redoubt.reproduce.request import request
-from redoubt.reproduce.steps import attempt, steps, too_long
+from redoubt.reproduce.steps import attempt, steps
 from redoubt.runs.store import Run, Store
 from redoubt.sweeps import Sweep
 
@@ -282,36 +282,6 @@ def test_a_row_that_fails_does_not_keep_the_others(shell: Shell, monkeypatch: py
     assert "- Missing: fsr/s4_cifar10_resnet18_at_fsr_after_block1 seed=0: training, fsr_suite.\n" in text
     again = shell(*words)
     assert (again.code, len(trained)) == (4, 1)
-
-
-def test_audits_are_begun_where_they_are_likely_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep, now = Sweep(tmp_path / "sweeps/s"), [0.0]
-    monkeypatch.setattr(deadline, "clock", lambda: now[0])
-    tasks = request(ROW).tasks()
-    sweep.add([tasks[0].training])
-    deadline.start(10)
-    try:
-        assert too_long(sweep, tasks, 10) is None
-        now[0] = 301.0  # less than half is left
-        assert "wants 5.0 minutes (half of max_minutes" in str(too_long(sweep, tasks, 10))
-        _finished(sweep, tasks[0], seconds=250.0)
-        assert too_long(sweep, tasks, 10) is None
-        now[0] = 400.0
-        assert "wants 4.2 minutes (as the longest so far), 3.3 are left" in str(too_long(sweep, tasks, 10))
-    finally:
-        deadline.start(None)
-    assert deadline.left() == math.inf
-
-
-def _finished(sweep: Sweep, task, seconds: float) -> None:
-    folder = sweep.outputs / "runs/name"
-    (folder / "audit/a").mkdir(parents=True)
-    (folder / "config.yaml").write_text("{}")
-    (folder / "status.json").write_text('{"state": "done"}')
-    (folder / "audit/a/audit.json").write_text(json.dumps({"seconds": seconds}))
-    step = next(iter(steps([task])))
-    with sweep.cell(step.key, [step.words]) as noted:
-        noted |= {"run": "name", "results": []}
 
 
 def test_means_over_seeds_and_how_they_are_marked(tmp_path: Path) -> None:

@@ -16,13 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from tests.conftest import composed, refused
 from torch import Tensor
 
-from redoubt import config, jobs
+from redoubt import config, deadline, jobs
 from redoubt.build import build_data
+from redoubt.deadline import TimeUp
 from redoubt.defenses import RobustModule
 from redoubt.errors import CheckFailed, UserError
 from redoubt.evaluation import audits
 from redoubt.evaluation.audit import Audit, Check, summary
 from redoubt.evaluation.suite import suite
+from redoubt.rng import generator
 from redoubt.runs import running
 from redoubt.runs.identity import plain
 from redoubt.runs.loading import load
@@ -105,6 +107,40 @@ def test_an_honest_net_raises_no_alarm(honest: RobustModule, trained: Any) -> No
     assert 0.2 < checks["white box"].details["union"] < 0.9, "neither robust nor broken, or the test says nothing"
     assert all(torch.equal(v, before[k]) for k, v in honest.state_dict().items())
     assert all(p.grad is None for p in honest.parameters())
+
+
+def test_an_audit_that_is_broken_off_after_any_check_goes_on(
+    honest: RobustModule, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, data, run = trained
+    images, labels = (t[:12] for t in data.arrays("test"))
+    kept = tmp_path / "checks.json"
+    begun: list[str] = []
+    monkeypatch.setattr("redoubt.evaluation.audit.generator", lambda *a, **k: begun.append(a[1]) or generator(*a, **k))
+
+    efforts, twin = keys(*LIGHT), load(run).eval()
+
+    def made(file: Path | None) -> list[dict[str, Any]]:
+        found = Audit(honest, images, labels, suite(plain(cfg.attack)), keys=efforts, seed=0, device=CPU, source=twin,
+                      progress=False)  # fmt: skip
+        checks = summary(found(file))["checks"]
+        return [{**check, "seconds": 0, "curves": found.curves} for check in checks]
+
+    whole = made(None)
+    begun.clear()
+    for done in range(1, len(whole)):
+        monkeypatch.setattr(deadline, "over", lambda done=done: len(begun) == done)
+        with pytest.raises(TimeUp):
+            made(kept)
+        assert len(begun) == len(json.loads(kept.read_text())["checks"]) == done
+    monkeypatch.undo()
+    assert made(kept) == whole
+    found = json.loads(kept.read_text())
+    found["checks"][0]["value"] = 7.0
+    kept.write_text(json.dumps(found))
+    assert made(kept)[0]["value"] == 7.0, "what is kept is not made again"
+    kept.write_text(json.dumps({**found, "version": "0"}))
+    assert made(kept)[0]["value"] != 7.0, "but what another version has kept"
 
 
 class Scaled(RobustModule):

@@ -13,12 +13,15 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import redoubt
+from redoubt import deadline
 from redoubt.attacks import PGD, Attack, AutoAttack, WhiteBox
 from redoubt.attacks.base import Draws
 from redoubt.attacks.geometry import BALLS
@@ -28,6 +31,7 @@ from redoubt.evaluation.suite import Suite
 from redoubt.evaluation.verdicts import correct, difference, full_precision, logits_of, own_randomness
 from redoubt.nets import attack_mode
 from redoubt.rng import generator
+from redoubt.runs.files import read_json, write_json
 from redoubt.training.progress import Counter
 
 
@@ -149,18 +153,33 @@ class Audit:
         ),
     }  # fmt: skip
 
-    def __call__(self) -> list[Check]:
-        """All checks, in the order in which later ones use what earlier ones have found."""
-        done: list[Check] = []
+    #: What later checks take from earlier ones: of each image, and of all.
+    FLAGS = ("natural", "white", "standing", "left", "single", "queried", "transferred")
+    FACTS = ("strongest", "differentiable", "curves")
+
+    def __call__(self, kept: Path | None = None) -> list[Check]:
+        """All checks, in the order in which later ones use what earlier ones have found.
+
+        Args:
+            kept: A file in which what is done is kept after each check; an audit that finds it there goes on from it,
+                with the same results, for each check has random numbers of its own.
+
+        Raises:
+            TimeUp: The time is up; asked before each check.
+        """
         counter = Counter("auditing", len(self.CHECKS), enabled=self.progress)
         with ExitStack() as stack:
             for context in (counter, full_precision(), attack_mode(self.module)):
                 stack.enter_context(context)  # type: ignore[arg-type]
             if self.source is not None:
                 stack.enter_context(attack_mode(self.source))
-            self.natural = self.right(self.x)
-            self.white, self.standing, self.left = (self.natural.clone() for _ in range(3))
-            for method, (name, rule, needs_gradient) in self.CHECKS.items():
+            done = self.restored(kept)
+            if not done:
+                self.natural = self.right(self.x)
+                self.white, self.standing, self.left = (self.natural.clone() for _ in range(3))
+            counter.done = len(done)
+            for method, (name, rule, needs_gradient) in list(self.CHECKS.items())[len(done) :]:
+                deadline.check()
                 counter.note(name)
                 began = time.monotonic()
                 check = Check(name, rule)
@@ -173,7 +192,25 @@ class Audit:
                 check.seconds = time.monotonic() - began
                 done.append(check)
                 counter.advance()
+                if kept is not None:
+                    self.keep(kept, done)
         return done
+
+    def keep(self, kept: Path, done: list[Check]) -> None:
+        """Writes the checks that are done and what later ones need of them."""
+        flags = {name: getattr(self, name).int().tolist() for name in self.FLAGS if hasattr(self, name)}
+        facts = {name: getattr(self, name) for name in self.FACTS if hasattr(self, name)}
+        checks = [_writable(asdict(check)) for check in done]
+        write_json(kept, {"version": redoubt.__version__, "checks": checks, "flags": flags, "facts": facts})
+
+    def restored(self, kept: Path | None) -> list[Check]:
+        """The checks that an earlier call has kept, with what later ones need of them; none where there is no file."""
+        found = read_json(kept) if kept is not None else None
+        if found is None or found.get("version") != redoubt.__version__:
+            return []
+        flags = {n: torch.tensor(f, dtype=torch.bool, device=self.device) for n, f in found["flags"].items()}
+        vars(self).update(flags, **found["facts"])
+        return [Check(**check) for check in found["checks"]]
 
     # ---- the net itself -----------------------------------------------------------------------------------------
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+import redoubt
 from redoubt import config
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
@@ -36,6 +36,8 @@ def audited(
 ) -> tuple[dict[str, Any], Path]:
     """Audits a module as the config says, or answers from what is stored; says so in its evaluations.
 
+    What is done is kept after each check, so that an audit which was broken off goes on.
+
     Args:
         module: In evaluation; its weights are those to be audited.
         data: The first ``audit.images`` of its test split are used.
@@ -49,6 +51,9 @@ def audited(
 
     Returns:
         The contents of audit.json, and its folder.
+
+    Raises:
+        TimeUp: The time is up; the checks that are done are kept.
     """
     images, labels = (t[: int(keys["images"])] for t in data.arrays("test"))
     seed = int(tree["evaluation"]["seed"])
@@ -61,12 +66,13 @@ def audited(
         "test": data.fingerprint("test"),
         "balanced": data.limit_test is not None,
         "n": len(labels),
+        "numerics": redoubt.NUMERICS,
     }
     which = facts["checkpoint"] if facts["checkpoint"] in ("last", "best") else "file"
     where = folder / "audit" / f"{which}-{digest(decisive)}"
     report = read_json(where / "audit.json")
     if report is None:
-        began = time.monotonic()
+        kept = where / "checks.json"
         run = Audit(
             module.to(device),
             images,
@@ -78,7 +84,7 @@ def audited(
             source=source.module.to(device) if source else None,
             progress=bool(tree["trainer"]["progress"]),
         )
-        found = summary(run())
+        checks = run(kept)
         threat = {"norm": run.norm, "eps": run.eps}
         lines = {"accuracy_over_eps": run.eps, "accuracy_over_iterations": None}
         for name, columns in run.curves.items():
@@ -89,12 +95,13 @@ def audited(
             "threat": threat,
             "weights_id": weights_id,
             "n": len(labels),
-            **found,
+            **summary(checks),
             "keys": keys,
             "attack": tree["attack"],
-            "seconds": time.monotonic() - began,
+            "seconds": sum(check.seconds for check in checks),
         }
         write_json(where / "audit.json", report)
+        kept.unlink()
     for path in (folder / "eval").glob("*/results.json"):
         results = read_json(path)
         settings = read_json(path.parent / "attack.json")

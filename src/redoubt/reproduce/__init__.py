@@ -13,7 +13,7 @@ from redoubt.reporting.collect import Record
 from redoubt.reporting.reproduced import Made, sheets
 from redoubt.reporting.sheet import wide_console
 from redoubt.reproduce.request import Request, Task, request
-from redoubt.reproduce.steps import Job, Step, Tell, attempt, run_of, steps, too_long
+from redoubt.reproduce.steps import Job, Step, Tell, attempt, run_of, steps
 from redoubt.runs.files import must_be_writable, write_text
 from redoubt.runs.store import Run
 from redoubt.sweeps import Sweep
@@ -27,7 +27,7 @@ published numbers beside ours. What is done is never done again: the same comman
   rows         a part of the names of experiments, a regular expression, or a list of these in brackets
   seeds        how many of each row (1)
   max_minutes  end by itself after so many minutes and say what is left; training is cut after any step, an evaluation
-               between attacks and chunks (evaluation.chunk=25 for AutoAttack on a slow device), an audit not at all
+               between attacks and chunks (evaluation.chunk=25 for AutoAttack on a slow device), an audit between checks
   audit        false: no audits (true)
   autoattack   false: no AutoAttack (true)
   to           a Markdown file for the result; what else stands in it is kept
@@ -69,32 +69,21 @@ def main(arguments: Sequence[str], job: Job, tell: Tell) -> int:
     sweep.add([task.training for task in tasks], [tasks[0].evaluations[0]])
     deadline.start(asked.minutes)
     try:
-        left, skipped = _work(asked, tasks, sweep, job, tell)
-        return _end(asked, tasks, sweep, left, skipped, command)
+        left = _work(tasks, sweep, job, tell)
+        return _end(asked, tasks, sweep, left, command)
     finally:
         deadline.start(None)
 
 
-def _work(
-    asked: Request, tasks: Sequence[Task], sweep: Sweep, job: Job, tell: Tell
-) -> tuple[list[Step], dict[str, str]]:
-    """Does what is to be done until the time is up.
-
-    Returns:
-        The steps that are left, and why audits were not begun, by title.
-    """
+def _work(tasks: Sequence[Task], sweep: Sweep, job: Job, tell: Tell) -> list[Step]:
+    """Does what is to be done until the time is up; the steps that are left."""
     due = [step for step in steps(tasks) if not step.done(sweep)]
     due.sort(key=lambda step: sweep.record(step.key)["state"] == "failed")  # what is likely to fail again comes last
-    begun, skipped = False, dict[str, str]()
     for step in due:
         if deadline.over():
             break
         if step.name and run_of(step.task, sweep) is None:
             continue  # its training has failed, or is another process's
-        if begun and step.name == "-audit" and (why := too_long(sweep, tasks, asked.minutes)):
-            skipped[step.title] = why
-            continue
-        begun = True
         print(f"reproduce {step.title}", flush=True)
         try:
             attempt(step, sweep, job, tell)
@@ -102,12 +91,10 @@ def _work(
             if not deadline.over():  # a signal
                 raise
             break
-    return [step for step in due if not step.done(sweep)], skipped
+    return [step for step in due if not step.done(sweep)]
 
 
-def _end(
-    asked: Request, tasks: Sequence[Task], sweep: Sweep, left: Sequence[Step], skipped: dict[str, str], command: str
-) -> int:
+def _end(asked: Request, tasks: Sequence[Task], sweep: Sweep, left: Sequence[Step], command: str) -> int:
     """Prints the tables and what is left; the exit code."""
     made = _made(asked, tasks, sweep)
     written = sheets(asked.table, made, command)
@@ -124,14 +111,14 @@ def _end(
         print(f"failed: {step.title}: {sweep.record(step.key)['reason']}")
     for step in left:
         if step not in failed:
-            print(f"left: {step.title}" + (f" (not begun: {skipped[step.title]})" if step.title in skipped else ""))
+            print(f"left: {step.title}")
     done = f"reproduce table={asked.table.id} ({len(asked.rows)} rows x {asked.seeds} seeds)"
     if not left:
         print(f"{done}: all is done")
         objections = [r for s in steps(tasks) if s.name == "-audit" and (r := sweep.record(s.key).get("reason"))]
         print("".join(f"audit: {objection}\n" for objection in objections), end="", flush=True)
         return 3 if objections else 0
-    pause = deadline.over() or bool(skipped)
+    pause = deadline.over()
     why = f"the time is up after {deadline.spent() / 60:.1f} minutes" if pause else "not all is done"
     print(
         f"{done}: {why}, {len(failed)} steps failed, {len(left) - len(failed)} are left; go on with\n{command}",

@@ -8,9 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from redoubt import config, deadline
+from redoubt import config
 from redoubt.errors import CheckFailed
-from redoubt.reporting.collect import Record
 from redoubt.reproduce.request import Task, Words
 from redoubt.runs.identity import digest
 from redoubt.runs.store import Run
@@ -102,19 +101,3 @@ def attempt(step: Step, sweep: Sweep, job: Job, tell: Tell) -> None:
                 noted |= {"state": "failed", "reason": tell(error)}
     except Taken as taken:
         tell(taken)
-
-
-def too_long(sweep: Sweep, tasks: Sequence[Task], minutes: float | None) -> str | None:
-    """Why an audit, which is only kept as a whole, is not begun now; None: it can be.
-
-    What the longest audit of this table took must be left; where none is there, half of all the time.
-    """
-    if minutes is None:
-        return None
-    names = {name for task in tasks if (name := run_of(task, sweep))}
-    taken = [float(a.get("seconds") or 0) for n in names for _, a in Record(Run(sweep.outputs / "runs" / n)).audits]
-    wanted = max(taken, default=30 * minutes)
-    if deadline.left() >= wanted:
-        return None
-    source = "as the longest so far" if taken else "half of max_minutes, as none was measured"
-    return f"it wants {wanted / 60:.1f} minutes ({source}), {max(0.0, deadline.left()) / 60:.1f} are left"
