@@ -238,3 +238,23 @@ def test_any_library_net_takes_any_defense(model: str, name: str, defense: str) 
     if model == "timm":
         pytest.importorskip("timm")
     step((defense, default_base(defense), model, "cifar10"), f"model.name={name}", *SLOWLY)
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "schedule/own.yaml"
+    own.parent.mkdir()
+    own.write_text("kind: constant\n")
+    monkeypatch.setattr(config, "search_path", [str(tmp_path)])
+    read: list[str] = []
+    true = OmegaConf.load
+    monkeypatch.setattr(OmegaConf, "load", lambda file: read.append(file.name) or true(file))
+    first = config.compose(["schedule=own"])
+    assert str(own) in read
+    read.clear()
+    first.data.batch_size = 7  # is nobody else's
+    again = config.compose(["schedule=own"])
+    assert (str(own) in read, again.schedule.kind) == (False, "constant")
+    assert again.data.batch_size != 7
+    own.write_text("kind: cosine\n")
+    assert config.compose(["schedule=own"]).schedule.kind == "cosine"
+    assert str(own) in read

@@ -6,6 +6,7 @@ comes from: of the command line, of each job of a sweep, in a worker of a launch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from hydra._internal import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -143,7 +145,7 @@ class Loader(ConfigLoaderImpl):
 
 
 class Files(ConfigRepository):
-    """Hydra's files of configs. One whose anchors unfold without end is refused before OmegaConf unfolds them."""
+    """Hydra's files of configs, each read once by a process, which in a sweep composes often."""
 
     def load_config(self, config_path: str) -> Any:
         """See Hydra.
@@ -151,20 +153,34 @@ class Files(ConfigRepository):
         Raises:
             UserError: The file's tree has no end, or as good as none.
         """
-        for source in self.sources:
-            if source.scheme() == "file" and source.is_config(config_path):
-                file = Path(source.path, source._normalize_file_name(config_path))
-                text = file.read_bytes()
-                if b"&" in text and b"*" in text:
-                    try:
-                        for _ in nodes(yaml.safe_load(text)):
-                            pass
-                    except UserError as error:
-                        raise UserError(f"{file}: {error}") from error
-                    except (yaml.YAMLError, RecursionError, ValueError):
-                        pass  # said where it is read
-                break
-        return super().load_config(config_path)
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.scheme() != "file":
+            return super().load_config(config_path)
+        file = Path(source.path, source._normalize_file_name(config_path))
+        state = file.stat()
+        key = (source.provider, file, state.st_mtime_ns, state.st_size)
+        if key not in _READ:
+            _check_anchors(file)
+            _READ[key] = super().load_config(config_path)
+        return copy.deepcopy(_READ[key])
+
+
+#: What the files hold, by provider, path, time of change and size.
+_READ: dict[tuple[str, Path, int, int], Any] = {}
+
+
+def _check_anchors(file: Path) -> None:
+    """Refuses a file whose anchors unfold without end before OmegaConf unfolds them."""
+    text = file.read_bytes()
+    if b"&" not in text or b"*" not in text:
+        return
+    try:
+        for _ in nodes(yaml.safe_load(text)):
+            pass
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError):
+        pass  # said where it is read
 
 
 def _check_secrets(trees: Sequence[Any]) -> None:

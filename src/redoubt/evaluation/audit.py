@@ -27,6 +27,7 @@ from redoubt.attacks.base import Draws
 from redoubt.attacks.geometry import BALLS
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
+from redoubt.evaluation.kept import crc_of
 from redoubt.evaluation.suite import Suite
 from redoubt.evaluation.verdicts import correct, difference, full_precision, logits_of, own_randomness
 from redoubt.nets import attack_mode
@@ -201,12 +202,15 @@ class Audit:
         flags = {name: getattr(self, name).int().tolist() for name in self.FLAGS if hasattr(self, name)}
         facts = {name: getattr(self, name) for name in self.FACTS if hasattr(self, name)}
         checks = [_writable(asdict(check)) for check in done]
-        write_json(kept, {"version": redoubt.__version__, "checks": checks, "flags": flags, "facts": facts})
+        content = {"version": redoubt.__version__, "checks": checks, "flags": flags, "facts": facts}
+        write_json(kept, {**content, "crc": crc_of(content)})
 
     def restored(self, kept: Path | None) -> list[Check]:
-        """The checks that an earlier call has kept, with what later ones need of them; none where there is no file."""
+        """The checks that an earlier call of this version has kept, with what later ones need of them; none where the
+        file is not there or was changed.
+        """
         found = read_json(kept) if kept is not None else None
-        if found is None or found.get("version") != redoubt.__version__:
+        if found is None or found.pop("crc", None) != crc_of(found) or found["version"] != redoubt.__version__:
             return []
         flags = {n: torch.tensor(f, dtype=torch.bool, device=self.device) for n, f in found["flags"].items()}
         vars(self).update(flags, **found["facts"])

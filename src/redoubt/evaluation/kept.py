@@ -95,7 +95,7 @@ class Kept:
         packed = np.packbits(outcome.right).tobytes().hex()
         line = {"chunk": chunk, "n": len(outcome.right), "right": packed, "outside": outcome.outside}
         line["seconds"] = round(outcome.seconds, 3)
-        line["crc"] = _crc(line)
+        line["crc"] = crc_of(line)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = _lines(file, ranks()[0])
@@ -135,8 +135,8 @@ def _lines(file: Path, rank: int) -> Path:
     return file.with_name(f"{file.name}.{rank}.jsonl")
 
 
-def _crc(line: Mapping[str, Any]) -> int:
-    """Tells a line that a disk or a hand has changed: it is as if it were not there."""
+def crc_of(line: Mapping[str, Any]) -> int:
+    """Tells what a disk or a hand has changed: it is as if it were not there."""
     return zlib.crc32(json.dumps(line, sort_keys=True).encode())
 
 
@@ -151,7 +151,7 @@ def _read(file: Path) -> dict[tuple[int, int], Outcome]:
         for text in path.read_bytes().splitlines():
             try:
                 line = json.loads(text)
-                if line.pop("crc") != _crc(line):
+                if line.pop("crc") != crc_of(line):
                     continue
                 bits = np.unpackbits(np.frombuffer(bytes.fromhex(line["right"]), np.uint8))
                 right = bits[: line["n"]].astype(bool)
