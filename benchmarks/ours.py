@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,6 +41,7 @@ CELLS: dict[str, tuple[str, ...]] = {
 }
 
 
+@functools.cache
 def compose(o: Options, cell: str, *more: str, model: str | None = None, precision: str = "float32") -> DictConfig:
     """The config of a cell; the learning rate is small, so that training on noise stays finite."""
     words = [
