@@ -15,6 +15,8 @@ from benchmarks.measure import Call, seconds_on
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from redoubt.training.trainer import cpu_has_bf16
+
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 #: (C_out, 9 C_in, H W) of the 3x3 convolutions of ResNet-18's four stages, 32x32 images: as products of matrices.
 CONVOLUTIONS = ((64, 576, 1024), (128, 1152, 256), (256, 2304, 64), (512, 4608, 16))
@@ -48,34 +50,38 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    if device.type == "cpu" and not cpu_has_bf16():
+        found["bfloat16"] = "none"
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
         found["TF32 of convolutions"] = torch.backends.cudnn.allow_tf32
     return found
 
 
-def product(
-    device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape], least: float = 0.1
-) -> tuple[Call, float]:
-    """The fastest matrix product among some shapes, as a call and its GFLOP.
+#: Seconds for which a shape is tried, and those that a reading of the fastest lasts: where others use the machine, too,
+#: a short one is of their moments or of the others.
+TRIED, LASTS = 0.1, 1.0
+
+
+def product(device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape]) -> tuple[Call, float]:
+    """The fastest matrix product among some shapes, as a call that repeats it for ``LASTS`` seconds, and its GFLOP.
 
     Args:
         device: Where.
         dtype: Of factors and product.
         shapes: Of the factors [m, k] x [k, n].
-        least: Seconds for which each shape is tried, and that the call repeats the fastest for.
     """
     clock, found = seconds_on(device), []
     for m, k, n in shapes:
         a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
         call = functools.partial(torch.mm, a, b, out=torch.empty(m, n, device=device, dtype=dtype))
         call()
-        once, until = float("inf"), time.monotonic() + least
+        once, until = float("inf"), time.monotonic() + TRIED
         while time.monotonic() < until:
             once = min(once, clock(call))
         found.append((2 * m * k * n / 1e9 / once, call, once, 2 * m * k * n / 1e9))
     _, call, once, gflop = max(found, key=lambda entry: entry[0])
-    repeats = max(1, round(least / once))
+    repeats = max(1, round(LASTS / once))
     return lambda: [call() for _ in range(repeats)], gflop * repeats
 
 

@@ -31,6 +31,12 @@ class Section:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def remarks(self) -> list[str]:
+        """The notes, and how far the numbers can be trusted."""
+        single = any(row.get("n") == 1 for row in self.rows)
+        return [*self.notes, *(["n = 1: one reading, in a time in which others may have used the machine."] * single)]
+
 
 def seconds_on(device: torch.device) -> Measure:
     """Seconds of a call: by CUDA events on a GPU (the host does not wait before the end), else by the clock."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from benchmarks import ours
@@ -66,10 +68,23 @@ def one(o: Options, cell: str) -> Row:
         ours.step(o, module, batch, o.precisions[-1])
     gpu = o.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with profile(activities=activities) as seen, record_function("whole"), ours.autocast(o, o.precisions[-1]):
+    with silent(), profile(activities=activities) as seen, record_function("whole"), ours.autocast(o, o.precisions[-1]):
         module.training_step(batch, 0)
     events = seen.key_averages()
     return {"cell": cell, **phases(events, gpu), **kinds(events, gpu), "host reads": reads(seen.events(), gpu)}
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside, the error stream is closed: the profiler writes there when it starts and stops."""
+    before = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def named(module: RobustModule, name: str) -> None:

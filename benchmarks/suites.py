@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from benchmarks.options import Options
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from redoubt import config
 from redoubt.attacks.base import library_seed
 from redoubt.build import build_data
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError, did_you_mean
 from redoubt.evaluation.suite import Suite, suite
 from redoubt.evaluation.verdicts import judge
+from redoubt.runs import running
 from redoubt.runs.identity import plain
 from redoubt.runs.loading import load
 from redoubt.runs.store import Run
@@ -46,16 +49,25 @@ class Margin(torchattacks.PGD):
         return adv
 
 
+#: A net that a few seconds train against attacks on images that are everywhere: scikit-learn's digits.
+TRAINED = (
+    "model=resnet_small", "base=at", "data=digits", "inner.steps=3", "inner.step=0.5", "schedule=onecycle",
+    "trainer.max_epochs=8", "data.probe=1", "channels_last=true", "attack=none", "trainer.progress=false",
+)  # fmt: skip
+
+
 class Pair:
     """One net and its images, attacked by our suite and by the libraries, in float32 as evaluation always is.
 
-    A run of the store with its test images, under its own threat; else a fresh net and noise, with the net's own
-    predictions for labels, so that every image is attacked.
+    Args:
+        o: What is measured.
+        run: One of the store, with its test images and under its own threat; None: a fresh net and noise, with the
+            net's own predictions for labels, so that every image is attacked.
     """
 
-    def __init__(self, o: Options) -> None:
+    def __init__(self, o: Options, run: Run | None) -> None:
         self.o = o
-        self.module, self.images, labels, self.eps = self.of_run(Run(Path(o.run))) if o.run else self.fresh()
+        self.module, self.images, labels, self.eps = self.of_run(run) if run else self.fresh()
         self.x, self.y = (self.images.float() / 255).to(o.device), labels.to(o.device)
         self.theirs = copy.deepcopy(self.module.net).to(memory_format=torch.contiguous_format)
         self.fsr = suite(plain(ours.compose(o, "at", "attack=fsr_suite", f"attack.eps={self.eps}").attack))
@@ -117,14 +129,14 @@ class Pair:
             chosen = suite(plain(cfg.attack))
             return {"ours": lambda: self.ours(chosen), "library": self.autoattack}
         attacks = self.fsr.attacks
-        if name == "fsr_suite":
+        if name in ("fsr_suite", "ensemble"):
+            skip = name == "ensemble"
             return {
-                "ours": lambda: self.ours(self.fsr),
-                "ours, Ensemble only": lambda: self.ours(self.fsr, skip_broken=True),
+                "ours": lambda: self.ours(self.fsr, skip_broken=skip),
                 "library": lambda: self.library(list(attacks)),
             }
         if name not in attacks:
-            known = ["fsr_suite", "autoattack", *attacks]
+            known = ["fsr_suite", "ensemble", "autoattack", *attacks]
             raise UserError(f"suites={name} is not known{did_you_mean(name, known)}")
         single = Suite(attacks={name: attacks[name]}, norm="linf", eps=self.eps)
         return {"ours": lambda: self.ours(single), "library": lambda: self.library([name])}
@@ -132,20 +144,30 @@ class Pair:
 
 def suites(o: Options) -> Section:
     """Seconds per suite, and how many verdicts agree."""
-    pair = Pair(o)
-    what = Path(o.run).name if o.run else o.model
-    title = f"Evaluation suites, {what}, {len(pair.images)} images at {255 * pair.eps:.3g}/255: seconds"
-    section = Section("suite", title, ["suite", "side", "median", "min", "max", "n", "ratio", "right", "agree"])
-    for call in pair.sides("fgsm").values():  # a whole suite is too long to be warmed up by itself
-        call()
-    for name in o.suites:
-        section.rows += [{"suite": name, **row} for row in one(o, pair.sides(name))]
+    title = f"Evaluation suites, {o.images} images: seconds"
+    section = Section("suite", title, ["net", "suite", "side", "median", "min", "max", "n", "ratio", "right", "agree"])
+    with tempfile.TemporaryDirectory() as folder:
+        nets = {Path(o.run).name: Run(Path(o.run))} if o.run else {f"{o.model}, fresh": None, **trained(o, folder)}
+        for net, run in nets.items():
+            pair = Pair(o, run)
+            for call in pair.sides("fgsm").values():  # a whole suite is too long to be warmed up by itself
+                call()
+            net = f"{net}, {255 * pair.eps:.3g}/255"
+            for name in o.suites:
+                section.rows += [{"net": net, "suite": name, **row} for row in one(o, pair.sides(name))]
     section.notes += [
         "right: share of the images that withstand all attacks; agree: verdicts equal to the library's.",
-        "Ensemble only: evaluation.skip_broken=true.",
+        "ensemble: fsr_suite with evaluation.skip_broken=true, beside all of the library's.",
         "The library: torchattacks, its PGD loop with the margin's loss for C&W; pyautoattack.",
     ]
     return section
+
+
+def trained(o: Options, folder: str) -> dict[str, Run]:
+    """A small net, trained there."""
+    where = [f"trainer={'gpu' if o.device.type == 'cuda' else 'cpu'}", f"paths.outputs={folder}"]
+    cfg = config.resolve(config.compose([*TRAINED, *where]))
+    return {"resnet_small on digits": running.train(cfg, build_data(cfg))}
 
 
 def one(o: Options, sides: Mapping[str, Callable[[], Verdicts]]) -> list[Row]:
@@ -156,7 +178,7 @@ def one(o: Options, sides: Mapping[str, Callable[[], Verdicts]]) -> list[Row]:
         return lambda: found.update({side: call()})
 
     calls = {side: kept(side, call) for side, call in sides.items()}
-    readings = alternate(calls, seconds_on(o.device), pairs=o.pairs, seconds=o.seconds, warm=False)
+    readings = alternate(calls, seconds_on(o.device), pairs=o.pairs, seconds=4 * o.seconds, warm=False)
     rows = compared(readings, "ours")
     for row in rows:
         mine, theirs = found[row["side"]], found["library"]

@@ -28,7 +28,9 @@ CRAFT: Work = (ours.craft, lambda peer, batch: peer.craft(batch.x, batch.y))
 STEP: Work = (ours.step, lambda peer, batch: peer.step(batch.x, batch.y))
 #: Of the step whose memory is read: each frees what the one before it held. Ten added up to 40 MiB and take long.
 ATTACK_STEPS = 2
-SPEED = ("side", "median", "min", "max", "n", "ratio", "speed-up", "GFLOP", "share")
+SIDES = ("side", "median", "min", "max", "n", "ratio")
+ARITHMETIC = ("GFLOP", "rate", "share")
+SPEED = (*SIDES, "speed-up", *ARITHMETIC)
 
 
 def craft(o: Options) -> Section:
@@ -62,13 +64,13 @@ def libraries(o: Options) -> Section:
     """PGD-AT's full step by the libraries' ways."""
     title = f"Full training step of PGD-AT by libraries, {o.model}, batch {o.batch}: seconds"
     rows, _ = measured(o, "at", o.model, o.batch, STEP, LIBRARIES, o.seconds)
-    return Section("libraries", title, SPEED, rows)
+    return Section("libraries", title, [*SIDES, *ARITHMETIC], rows)
 
 
 def memory(o: Options) -> Section:
     """What building a cell and one step add to the peak of memory, each side alone."""
     title = f"Peak memory of building and one training step, {o.model}, batch {o.batch}: MiB"
-    section = Section("memory", title, ["cell", "side", "median", "min", "max", "n", "ratio"])
+    section = Section("memory", title, ["cell", *SIDES])
     o = dataclasses.replace(o, overrides=(f"inner.steps={ATTACK_STEPS}", *o.overrides))
 
     def by_us(cell: str, precision: str) -> None:
@@ -121,7 +123,8 @@ def measured(
     for row in rows:
         rate = rates["bf16" if row["side"].endswith("bf16") else "float32"]
         shares = [gflop[first_of(o)] / r / s for r, s in zip(rate, readings[row["side"]], strict=True)]
-        row["GFLOP"], row["share"] = gflop[row["side"]], statistics.median(shares)
+        row["GFLOP"], row["rate"] = gflop[row["side"]], statistics.median(rate)
+        row["share"] = statistics.median(shares)
         row["readings"], row["rates"] = readings[row["side"]], rate
         if "authors" in readings:
             row["speed-up"] = ratio(readings["authors"], readings[row["side"]])

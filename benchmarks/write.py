@@ -23,7 +23,7 @@ def shown(value: Any) -> str:
 
 def table(section: Section) -> Table:
     """For a terminal."""
-    found = Table(title=section.title, caption="\n".join(section.notes) or None)
+    found = Table(title=section.title, caption="\n".join(section.remarks) or None)
     for name in section.columns:
         text = any(isinstance(row.get(name), str) for row in section.rows)
         found.add_column(name, justify="left" if text else "right", overflow="fold")
@@ -39,7 +39,7 @@ def show(section: Section) -> None:
 
 def as_json(path: Path, results: Mapping[str, Any], sections: Sequence[Section]) -> None:
     """Everything, with all digits."""
-    parts = {s.name: {"title": s.title, "notes": s.notes, "rows": s.rows} for s in sections}
+    parts = {s.name: {"title": s.title, "notes": s.remarks, "rows": s.rows} for s in sections}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**results, "parts": parts}, indent=1) + "\n")
 
@@ -64,5 +64,5 @@ def _lines(results: Mapping[str, Any], sections: Sequence[Section]) -> Iterator[
         yield "|" + "---|" * len(section.columns)
         for row in section.rows:
             yield f"| {' | '.join(shown(row.get(name)) for name in section.columns)} |"
-        if section.notes:
-            yield "\n" + " ".join(section.notes)
+        if section.remarks:
+            yield "\n" + " ".join(section.remarks)

@@ -126,8 +126,9 @@ def test_no_round_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_step_is_measured_last_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import bench, training
+    from benchmarks import bench, machine, training
 
+    monkeypatch.setattr(machine, "LASTS", 0.1)
     asked: list[float] = []
     now = [0.0]
 
@@ -176,12 +177,14 @@ def test_keys(tmp_path: Path) -> None:
 
 def test_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part that starts no process, on a tiny net."""
-    from benchmarks import bench, libraries, loading
+    from benchmarks import bench, libraries, loading, machine, suites
 
     monkeypatch.setattr(loading, "IMAGES", 64)
+    monkeypatch.setattr(machine, "LASTS", 0.1)
+    monkeypatch.setattr(suites, "TRAINED", (*suites.TRAINED, "model.widths=[4,6,8]", "trainer.max_epochs=1"))
     threads = torch.get_num_threads()
     words = ["model=resnet_small", "batch=4", "pairs=1", "threads=1", "precision=float32", "cells=at,cure", "workers=0",
-             "images=4", "suites=fgsm,fsr_suite",
+             "images=4", "suites=fgsm,ensemble",
              "parts=craft,step,libraries,memory,data,suite,profile", *TINY]  # fmt: skip
     bench.main([*words, f"to={tmp_path / 'r.json'}", f"markdown={tmp_path / 'r.md'}"])
     assert torch.get_num_threads() == threads
@@ -199,7 +202,9 @@ def test_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert authors["speed-up"] == 1
     assert at["speed-up"] == pytest.approx(authors["readings"][0] / at["readings"][0])
     assert at["share"] == pytest.approx(at["GFLOP"] / at["rates"][0] / at["readings"][0])
-    assert [row["agree"] for row in rows["suite"]] == ["8 of 8", "12 of 12", "24 of 24", "8 of 8", "24 of 24"]
+    assert [row["agree"] for row in rows["suite"]] == 2 * ["8 of 8", "12 of 12", "8 of 8", "24 of 24"]
+    nets = ("resnet_small, fresh, 0.15/255", "resnet_small on digits, 51/255")
+    assert [row["net"] for row in rows["suite"]] == [net for net in nets for _ in range(4)]
     for row in rows["profile"]:
         assert row["craft"] + row["update"] + row["after_step"] == pytest.approx(100, abs=25)
         assert row["convolution"] > 5

@@ -56,7 +56,7 @@ def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     torch.set_float32_matmul_precision("highest")
     number = requeue_signal()
     try:
-        asked_to = requests.heard(*([number] if number else []))
+        asked_to = requests.heard(signal.SIGTERM, *([number] if number else []))
         with asked_to, _connected(cfg), together(facts(command, cfg)), no_other_exit():
             return {"train": train, "eval": evaluate_only, "audit": audit}[command](cfg, overrides)
     except Stopped as stopped:  # what is to be kept is kept

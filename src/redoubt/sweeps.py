@@ -21,6 +21,7 @@ import filelock
 
 import redoubt
 from redoubt import config
+from redoubt.deadline import TimeUp
 from redoubt.errors import UserError
 from redoubt.runs.files import cannot_write, read_json, write_json
 from redoubt.runs.identity import digest
@@ -122,6 +123,9 @@ class Sweep:
                     noted["state"] = "done"
             except KeyboardInterrupt:
                 noted["reason"] = "stopped by the keyboard"
+                raise
+            except TimeUp:
+                noted["reason"] = "the time was up"
                 raise
             except SystemExit as stopped:
                 noted["reason"] = f"stopped by signal {int(stopped.code or 128) - 128}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from tests.conftest import composed, refused
+from tests.conftest import Shell, composed, refused
 from torch import Tensor
 
 from redoubt import config, deadline, jobs
@@ -344,6 +346,23 @@ def test_a_failed_audit_ends_with_exit_code_3_and_marks_the_results(
     stored = stored_results(run, before)
     assert stored["audited"] is False
     assert stored["audit_failed"] == ["one step"]
+
+
+def test_sigterm_says_how_it_goes_on(own: Any, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, _, run = own
+    words = ["audit", f"run={run.name}", f"paths.outputs={cfg.paths.outputs}", *QUICK, *LIGHT, "audit.images=8",
+             "audit.source=null"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(Audit, "noise", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        ended = shell(*words)
+    assert ended.code == 128 + signal.SIGTERM
+    assert ended.err.splitlines()[-1] == "redoubt: stopped by SIGTERM; the same command goes on from what was saved"
+    (kept,) = run.folder.glob("audit/*/checks.json")
+    done = [check["name"] for check in json.loads(kept.read_text())["checks"]]
+    assert done == [name for name, *_ in Audit.CHECKS.values()][: len(done)]
+    assert len(done) == list(Audit.CHECKS).index("noise")
+    assert shell(*words).code in (0, 3)
+    assert [file.name for file in kept.parent.glob("*.json")] == ["audit.json"]
 
 
 @pytest.mark.parametrize("attack", ["none", "corruptions"])

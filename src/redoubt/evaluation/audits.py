@@ -101,7 +101,7 @@ def audited(
             "seconds": sum(check.seconds for check in checks),
         }
         write_json(where / "audit.json", report)
-        kept.unlink()
+        kept.unlink(missing_ok=True)  # two may have made the same audit
     for path in (folder / "eval").glob("*/results.json"):
         results = read_json(path)
         settings = read_json(path.parent / "attack.json")

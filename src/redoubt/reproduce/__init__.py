@@ -27,7 +27,8 @@ published numbers beside ours. What is done is never done again: the same comman
   rows         a part of the names of experiments, a regular expression, or a list of these in brackets
   seeds        how many of each row (1)
   max_minutes  end by itself after so many minutes and say what is left; training is cut after any step, an evaluation
-               between attacks and chunks (evaluation.chunk=25 for AutoAttack on a slow device), an audit between checks
+               between attacks and chunks (evaluation.chunk=25 for AutoAttack on a slow device), an audit between
+               checks; the longest attack on a chunk, or check, must fit into a piece
   audit        false: no audits (true)
   autoattack   false: no AutoAttack (true)
   to           a Markdown file for the result; what else stands in it is kept
