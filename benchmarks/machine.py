@@ -59,7 +59,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 #: Seconds for which a shape is tried, and those that a reading of the fastest lasts: where others use the machine, too,
-#: a short one is of their moments or of the others.
+#: a short one may fall into a moment of theirs.
 TRIED, LASTS = 0.1, 1.0
 
 
