@@ -8,16 +8,13 @@ All keys: ``benchmarks/options.py``; how to read the results: ``benchmarks/READM
 from __future__ import annotations
 
 import datetime
-import os
 import pkgutil
 import shlex
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -47,7 +44,6 @@ PARTS = {
 def main(words: Sequence[str]) -> list[Section]:
     """Measures the chosen parts, shows and writes them."""
     o = read(words, CELLS)
-    end = None if o.minutes is None else time.monotonic() + 60 * o.minutes
     torch.set_num_threads(o.threads)
     quiet_lightning()
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -59,9 +55,8 @@ def main(words: Sequence[str]) -> list[Section]:
         "square_rate": {p: rate(o, p, squares(o.device)) for p in o.precisions},
     }
     sections = []
-    for name in sorted(o.parts, key=lambda part: end is not None and part == "step"):
-        more = {"end": end} if name == "step" else {}
-        sections.append(pkgutil.resolve_name(PARTS[name])(o, **more))
+    for name in sorted(o.parts, key=lambda part: o.end is not None and part == "step"):
+        sections.append(pkgutil.resolve_name(PARTS[name])(o))
         write.show(sections[-1])
         if o.to:  # after each part: a long run that is broken off has not been in vain
             write.as_json(Path(o.to), results, sections)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks import ours
-from benchmarks.measure import Call, Section, alternate, compared
+from benchmarks.measure import SIDES, Call, Section, alternate, compared
 from benchmarks.options import Options
 from benchmarks.peer_defenses import PEERS
 from benchmarks.pictures import pil_loader
@@ -33,7 +33,7 @@ FAKE = 512  # that ``data.source=fake`` has
 def data(o: Options) -> Section:
     """Each call is one reading: images per second."""
     title = f"Data path, {o.model}, batch {o.batch}: images per second"
-    section = Section("data", title, ["what", "side", "median", "min", "max", "n", "ratio"])
+    section = Section("data", title, ["what", *SIDES])
     for what, sides in (("loader alone", loaders(o)), ("training (at)", fits(o))):
         readings = alternate(sides, lambda call: call(), pairs=o.pairs, seconds=o.seconds, warm=what == "loader alone")
         section.rows += [{"what": what, **row} for row in compared(readings, next(iter(sides)))]

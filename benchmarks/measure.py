@@ -19,6 +19,8 @@ from redoubt.errors import UserError
 Call = Callable[[], Any]
 Measure = Callable[[Call], float]
 Row = dict[str, Any]
+#: What `compared` fills.
+SIDES = ("side", "median", "min", "max", "n", "ratio")
 
 
 @dataclass
@@ -34,8 +36,9 @@ class Section:
     @property
     def remarks(self) -> list[str]:
         """The notes, and how far the numbers can be trusted."""
-        single = any(row.get("n") == 1 for row in self.rows)
-        return [*self.notes, *(["n = 1: one reading, in a time in which others may have used the machine."] * single)]
+        if any(row.get("n") == 1 for row in self.rows):
+            return [*self.notes, "n = 1: one reading, in a time in which others may have used the machine."]
+        return self.notes
 
 
 def seconds_on(device: torch.device) -> Measure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class Options:
         nets: (model, batch); every part but craft takes the first.
         cells: Of ``redoubt``'s grid, see ``benchmarks.ours.CELLS``.
         pairs, seconds: Rounds of a comparison, and the time after which no other round begins.
-        minutes: Of the whole: ``step`` is measured last, and its rounds take what is left of them.
+        end: When ``step``, then measured last, has to be done, by ``time.monotonic``; None: as ``seconds`` say.
         precisions: Of ``BOTH``, in which the framework's step is measured.
         threads: Of torch.
         device: cpu or cuda.
@@ -50,7 +51,7 @@ class Options:
     cells: tuple[str, ...] = ("at", "trades", "mart", "fsr", "afd", "cure")
     pairs: int = 5
     seconds: float = 60.0
-    minutes: float | None = None
+    end: float | None = None
     precisions: tuple[str, ...] = BOTH
     threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
@@ -71,6 +72,11 @@ class Options:
     @property
     def batch(self) -> int:
         return self.nets[0][1]
+
+    @property
+    def trainer(self) -> str:
+        """The framework's group for the device."""
+        return "gpu" if self.device.type == "cuda" else "cpu"
 
 
 def read(words: Sequence[str], cells: Sequence[str]) -> Options:
@@ -109,9 +115,10 @@ def read(words: Sequence[str], cells: Sequence[str]) -> Options:
     for key in ("pairs", "threads", "workers", "images"):
         if key in said:
             found[key] = _whole(key, said[key], 0 if key == "workers" else 1)
-    for key, least in (("seconds", 0), ("minutes", 1)):
-        if key in said:
-            found[key] = float(_whole(key, said[key], least))
+    if "seconds" in said:
+        found["seconds"] = float(_whole("seconds", said["seconds"], 0))
+    if "minutes" in said:
+        found["end"] = time.monotonic() + 60 * _whole("minutes", said["minutes"], 1)
     if "compile" in said:
         how = _choice("compile", said["compile"], ("true", "false", *MODES[1:]))
         found["compile"] = None if how == "false" else how

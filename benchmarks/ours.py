@@ -47,7 +47,7 @@ def compose(o: Options, cell: str, *more: str, model: str | None = None, precisi
     words = [
         f"model={model or o.model}", "data=cifar10", "data.source=fake", "attack=none", "schedule=constant",
         "optimizer.lr=0.001", "channels_last=true", f"compile={o.compile or 'false'}",
-        f"trainer={'gpu' if o.device.type == 'cuda' else 'cpu'}", "trainer.progress=false",
+        f"trainer={o.trainer}", "trainer.progress=false",
         f"trainer.precision={'bf16-mixed' if precision == 'bf16' else '32-true'}",
     ]  # fmt: skip
     return config.resolve(config.compose([*words, *CELLS[cell], *o.overrides, *more]))

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import Section, alternate, compared
+from benchmarks.measure import SIDES, Section, alternate, compared
 from benchmarks.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def start(o: Options) -> Section:
     """``redoubt train`` beside a plain script of the same ResNet-18, and beside ``import torch`` alone."""
     title = "Start-up: seconds from the command to the first batch, ResNet-18"
-    section = Section("start", title, ["side", "median", "min", "max", "n", "ratio"])
+    section = Section("start", title, SIDES)
     with tempfile.TemporaryDirectory() as folder:
         commands = {
             "ours": ["ours", "model=resnet18", "data=cifar10", "data.source=fake", "attack=none", "trainer=cpu",

@@ -11,7 +11,7 @@ import pyautoattack
 import torch
 import torchattacks
 from benchmarks import ours
-from benchmarks.measure import Call, Row, Section, alternate, compared, seconds_on
+from benchmarks.measure import SIDES, Call, Row, Section, alternate, compared, seconds_on
 from benchmarks.options import Options
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ class Pair:
 def suites(o: Options) -> Section:
     """Seconds per suite, and how many verdicts agree."""
     title = f"Evaluation suites, {o.images} images: seconds"
-    section = Section("suite", title, ["net", "suite", "side", "median", "min", "max", "n", "ratio", "right", "agree"])
+    section = Section("suite", title, ["net", "suite", *SIDES, "right", "agree"])
     with tempfile.TemporaryDirectory() as folder:
         nets = {Path(o.run).name: Run(Path(o.run))} if o.run else {f"{o.model}, fresh": None, **trained(o, folder)}
         for net, run in nets.items():
@@ -165,8 +165,7 @@ def suites(o: Options) -> Section:
 
 def trained(o: Options, folder: str) -> dict[str, Run]:
     """A small net, trained there."""
-    where = [f"trainer={'gpu' if o.device.type == 'cuda' else 'cpu'}", f"paths.outputs={folder}"]
-    cfg = config.resolve(config.compose([*TRAINED, *where]))
+    cfg = config.resolve(config.compose([*TRAINED, f"trainer={o.trainer}", f"paths.outputs={folder}"]))
     return {"resnet_small on digits": running.train(cfg, build_data(cfg))}
 
 

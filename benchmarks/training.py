@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import ours
 from benchmarks.libraries import LIBRARIES
 from benchmarks.machine import DTYPES, convolutions, product
-from benchmarks.measure import Call, Row, Section, alternate, compared, peak_memory_on, ratio, seconds_on
+from benchmarks.measure import SIDES, Call, Row, Section, alternate, compared, peak_memory_on, ratio, seconds_on
 from benchmarks.options import Options
 from benchmarks.peer_defenses import PEERS
 from benchmarks.peers import PGDAT
@@ -28,7 +28,6 @@ CRAFT: Work = (ours.craft, lambda peer, batch: peer.craft(batch.x, batch.y))
 STEP: Work = (ours.step, lambda peer, batch: peer.step(batch.x, batch.y))
 #: Of the step whose memory is read: each frees what the one before it held. Ten added up to 40 MiB and take long.
 ATTACK_STEPS = 2
-SIDES = ("side", "median", "min", "max", "n", "ratio")
 ARITHMETIC = ("GFLOP", "rate", "share")
 SPEED = (*SIDES, "speed-up", *ARITHMETIC)
 
@@ -43,13 +42,13 @@ def craft(o: Options) -> Section:
     return section
 
 
-def step(o: Options, end: float | None = None) -> Section:
-    """The full step of every cell; ``end``: when to be done, by ``time.monotonic``, in place of ``seconds``."""
+def step(o: Options) -> Section:
+    """The full step of every cell."""
     title = f"Full training step, {o.model}, batch {o.batch}: seconds"
     section = Section("step", title, ["cell", *SPEED, "of at", "forward", "backward"])
     medians: dict[str, float] = {}
     for done, cell in enumerate(o.cells):
-        seconds = 4 * o.seconds if end is None else (end - time.monotonic()) / (len(o.cells) - done)
+        seconds = 4 * o.seconds if o.end is None else (o.end - time.monotonic()) / (len(o.cells) - done)
         rows, passes = measured(o, cell, o.model, o.batch, STEP, authors(cell), seconds)
         for row in rows:
             if cell == "at":

@@ -126,7 +126,7 @@ def test_no_round_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_step_is_measured_last_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import bench, machine, training
+    from benchmarks import bench, machine, options, training
 
     monkeypatch.setattr(machine, "LASTS", 0.1)
     asked: list[float] = []
@@ -137,7 +137,7 @@ def test_the_step_is_measured_last_for_as_long_as_there_is_time(monkeypatch: pyt
         now[0] += 100
         return [{"side": "ours, float32", "median": 1.0}], {}
 
-    for module in (bench, training):
+    for module in (options, training):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(training, "measured", measured)
     words = ["parts=step,craft", "cells=at,fsr", "precision=float32", "threads=1", "seconds=5"]

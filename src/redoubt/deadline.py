@@ -40,6 +40,11 @@ def over() -> bool:
     return _end < math.inf and left() <= 0
 
 
+def reason(stopped: SystemExit) -> str:
+    """Why the work was stopped: its time was up, or by which signal (the exit code is 128 and its number)."""
+    return "the time was up" if over() else f"stopped by signal {int(stopped.code or 128) - 128}"
+
+
 def check() -> None:
     """Ends the work where the time is up.
 

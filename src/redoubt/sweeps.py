@@ -20,8 +20,7 @@ from typing import Any
 import filelock
 
 import redoubt
-from redoubt import config
-from redoubt.deadline import TimeUp
+from redoubt import config, deadline
 from redoubt.errors import UserError
 from redoubt.runs.files import cannot_write, read_json, write_json
 from redoubt.runs.identity import digest
@@ -124,11 +123,8 @@ class Sweep:
             except KeyboardInterrupt:
                 noted["reason"] = "stopped by the keyboard"
                 raise
-            except TimeUp:
-                noted["reason"] = "the time was up"
-                raise
             except SystemExit as stopped:
-                noted["reason"] = f"stopped by signal {int(stopped.code or 128) - 128}"
+                noted["reason"] = deadline.reason(stopped)
                 raise
             except BaseException as error:
                 noted["reason"] = (str(error).splitlines() or [type(error).__name__])[0]

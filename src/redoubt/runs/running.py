@@ -278,8 +278,7 @@ def failures_noted(run: Run | None) -> Iterator[None]:
         yield
     except Stopped as stopped:
         if run is not None:
-            signal = f"stopped by signal {int(stopped.code or 128) - 128}"
-            run.update(state="interrupted", reason="the time was up" if deadline.over() else signal)
+            run.update(state="interrupted", reason=deadline.reason(stopped))
         raise
     except KeyboardInterrupt:
         if run is not None:
