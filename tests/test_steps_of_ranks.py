@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import socket
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from tests.conftest import composed, refused
+from tests.processes import on_ranks
 from tests.test_matrix import BASES, DEFENSES
 from torch import Tensor, nn
 
@@ -28,30 +25,6 @@ from redoubt.training.trainer import make_trainer
 
 #: Rows of the steps' global batches: of an even one, and of an epoch's last, which ranks share unequally.
 ROWS = (12, 7)
-
-
-def on_ranks(world: int, folder: Path, call: Callable[[int], Any]) -> list[Any]:
-    """What ``call(rank)`` gives in each of ``world`` forked processes that are one process group."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    children = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-                torch.save(call(rank), folder / f"{world}-{rank}.pt")
-                dist.barrier()
-                dist.destroy_process_group()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(code)
-        children.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * world
-    return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def grid() -> Iterator[tuple[str, ...]]:
@@ -120,6 +93,10 @@ def steps(module: RobustModule, rank: int, world: int) -> dict[str, Tensor]:
     return found | {k: v.clone() for k, v in module.state_dict().items()} | {f"ema.{k}": v for k, v in average.items()}
 
 
+def all_steps(rank: int, world: int, modules: list[RobustModule]) -> list[dict[str, Tensor]]:
+    return [steps(module, rank, world) for module in modules]
+
+
 @functools.cache
 def cells() -> tuple[dict[str, RobustModule], dict[str, dict[str, Tensor]]]:
     """Modules by name, with a frozen BatchNorm or without any, and what one process makes of each."""
@@ -133,7 +110,7 @@ def test_steps_of_ranks_are_those_of_one_process_on_the_joint_batch(world: int, 
     """The last batch in unequal shares (3 and 4; 2, 2 and 3); each rank crafts its own images."""
     modules, alone = cells()
     assert len(modules) >= 14 + len(OPTIONS)
-    found = on_ranks(world, tmp_path, lambda rank: [steps(module, rank, world) for module in modules.values()])
+    found = on_ranks(world, tmp_path, all_steps, list(modules.values()))
     for number, (name, wanted) in enumerate(alone.items()):
         per_rank = [own[number] for own in found]
         for key, value in wanted.items():
@@ -145,23 +122,23 @@ def test_steps_of_ranks_are_those_of_one_process_on_the_joint_batch(world: int, 
                 assert torch.equal(own[key], per_rank[0][key]), (name, key)
 
 
+def gradient(rank: int, world: int, module: RobustModule) -> list[Tensor]:
+    """A rank's gradient of the loss on its share of seven images, and BatchNorm's statistics afterwards."""
+    (x, y), (start, stop), params = images(7, 0), share(7, rank, world), module.trained()
+    module.share = Share(start, stop - start, 7)
+    part = (x[start:stop], x[start:stop], y[start:stop])
+    (found,) = module.gradients(lambda *batch: [module.loss(*batch)], [params], *part)
+    return [*(torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True))] + [
+        b.clone() for b in module.moving_buffers()
+    ]
+
+
 def test_batch_norm_sees_each_ranks_own_images(tmp_path: Path) -> None:
     """``sync_batchnorm=false``: the gradient of each share at its own statistics; the running ones are the mean."""
     module = build("defense=fsr", "base=trades", model="resnet_small")
-    params, (x, y) = module.trained(), images(7, 0)
-
-    def gradient(module: RobustModule, rank: int, world: int) -> list[Tensor]:
-        start, stop = share(7, rank, world)
-        module.share = Share(start, stop - start, 7)
-        part = (x[start:stop], x[start:stop], y[start:stop])
-        (found,) = module.gradients(lambda *batch: [module.loss(*batch)], [module.trained()], *part)
-        return [*(torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True))] + [
-            b.clone() for b in module.moving_buffers()
-        ]
-
-    world = 2
-    parts = [gradient(copy.deepcopy(module), rank, world) for rank in range(world)]
-    found = on_ranks(world, tmp_path, lambda rank: gradient(module, rank, world))
+    params, world = module.trained(), 2
+    parts = [gradient(rank, world, copy.deepcopy(module)) for rank in range(world)]
+    found = on_ranks(world, tmp_path, gradient, module)
     for number, (a, b) in enumerate(zip(*parts, strict=True)):
         wanted = a + b if number < len(params) else (a + b) / 2
         for own in found:

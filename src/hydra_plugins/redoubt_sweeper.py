@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -148,13 +148,22 @@ class GridSweeper(BasicSweeper):
             log.warning("the launcher broke off (%s): what it left is launched again", type(error).__name__)
             return begun
 
-    def check(self, cells: Iterable[Sequence[str]]) -> None:
-        """Composes as many cells as show each word once, so that a wrong one ends the sweep before it begins."""
+    def check(self, cells: Collection[Sequence[str]]) -> None:
+        """Compose as many cells as show each word once, so that a wrong one ends the sweep before it begins.
+
+        Raises:
+            UserError: A value is wrong; the line names the first cell that has it.
+        """
         seen: set[str] = set()
         for cell in cells:
-            if set(cell) - seen:
+            if not set(cell) - seen:
+                continue
+            try:
                 config.ready(cell, config.root)
-                seen |= set(cell)
+            except UserError as error:
+                shown = " ".join(redacted(own(cell, cells)))
+                raise UserError(f"cell {shown}: {error}" if len(cells) > 1 else str(error)) from error
+            seen |= set(cell)
 
 
 # Hydra's default sweeper is the one named basic. Another one, chosen in train.yaml, would win over a sweep file's.
@@ -199,7 +208,7 @@ def product(overrides: Iterable[Override]) -> list[list[str]]:
     return [list(cell) for cell in itertools.product(*choices)]
 
 
-def own(cell: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+def own(cell: Sequence[str], cells: Collection[Sequence[str]]) -> list[str]:
     """The words that set a cell apart from the others."""
     common = set.intersection(*map(set, cells)) if len(cells) > 1 else set()
     return [word for word in cell if word not in common]

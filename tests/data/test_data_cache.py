@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 
 import numpy as np
 import pytest
 import torch
 from tests.data import datafiles
+from tests.processes import CONTEXT, ended, fork
 
 from redoubt.data import CIFAR10, cache
 from redoubt.data.folder import Folder
@@ -132,7 +132,6 @@ def test_decodes_in_memory_where_nothing_can_be_written(tmp_path, disk_full, mon
 
 
 def _decode(root, barrier, results):
-    torch.set_num_threads(1)  # the parent's OpenMP threads do not exist after a fork
     barrier.wait()
     images, labels = make(root).arrays("train")
     results.put((int(images.numpy().sum()), labels.tolist(), make(root).fingerprint("train")))
@@ -140,15 +139,10 @@ def _decode(root, barrier, results):
 
 def test_processes_at_once(tmp_path):
     datafiles.folder(tmp_path, n=300)
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(3), context.Queue()
-    workers = [context.Process(target=_decode, args=(tmp_path, barrier, results), daemon=True) for _ in range(3)]
-    for worker in workers:
-        worker.start()
+    barrier, results = CONTEXT.Barrier(3), CONTEXT.Queue()
+    workers = [fork(_decode, tmp_path, barrier, results) for _ in range(3)]
     got = [results.get(timeout=30) for _ in workers]
-    for worker in workers:
-        worker.join(timeout=30)
-        assert worker.exitcode == 0
+    assert [ended(worker, 30, "decoding") for worker in workers] == [0, 0, 0]
     assert got[0] == got[1] == got[2]
     assert len(got[0][1]) == 600
     assert not list(tmp_path.glob(".redoubt/*.part"))

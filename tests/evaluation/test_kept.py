@@ -543,7 +543,8 @@ def test_rounding_is_a_naive_loop_s_and_stays_within(norm, eps):
 
 @pytest.mark.slow
 def test_kill_minus_nine_five_times_in_a_row(tmp_path):
-    from tests.test_cli import SMALL, only_run, redoubt, start
+    from tests.processes import redoubt, start
+    from tests.test_cli import SMALL, only_run
 
     small = [*SMALL, "data.limit_test=48"]
     redoubt(tmp_path / "a", "train", *small).good()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.conftest import refused
-from tests.test_steps_of_ranks import on_ranks
+from tests.processes import on_ranks
 from torch import nn
 
 from redoubt import config
@@ -304,9 +304,9 @@ def facts(module):
 SIZES, CHUNKS = (1, 2, 3, 7, 11), (1, 2, 4)
 
 
-def everything(folder, rank):
+def everything(rank, world, folder):
     """Verdicts by (images, chunk); each call of an attack leaves a line in ``folder``."""
-    torch.set_num_threads(1)
+    os.fsync = lambda fd: None  # of hundreds of lines; in a process of its own
     verdicts = {}
     for n in SIZES:
         for chunk in CHUNKS:
@@ -331,13 +331,12 @@ def everything(folder, rank):
     return verdicts
 
 
-def test_every_example_once_on_one_two_and_three_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # of hundreds of lines
+def test_every_example_once_on_one_two_and_three_processes(tmp_path):
     found = {}
     for world in (1, 2, 3):
         folder = tmp_path / str(world)
         folder.mkdir()
-        found[world] = on_ranks(world, folder, lambda rank, there=folder: everything(there, rank))
+        found[world] = on_ranks(world, folder, everything, folder)
     (alone,) = found[1]
     assert any(False in v["start"] and True in v["start"] for v in alone.values())
     for world in (1, 2, 3):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import everything
-from tests.test_cli import ROOT, Command, only_run, start
+from tests.processes import ROOT, Command, start
+from tests.test_cli import only_run
 
 from redoubt.runs.files import read_rows
 
@@ -93,11 +94,11 @@ class Faulty(RobustModule):
 '''
 
 
-#: torchrun with a function in place of a command: its workers are forks, too.
+#: torchrun with a function in place of a command: its workers are forks of a server that it starts.
 ELASTIC = """
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 os.setsid()
-at = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork")
+at = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="forkserver")
 elastic_launch(LaunchConfig(1, 1, {world}, **at), redoubt.cli.main)()
 sys.exit(0)
 """
@@ -113,7 +114,7 @@ def own_package(folder: Path) -> tuple[list[str], dict[str, str]]:
         (conf / "defense").mkdir(parents=True)
         (conf / "defense/faulty.yaml").write_text("_target_: faulty.parts.Faulty\n")
         (conf / "redoubt.allow").write_text("faulty\n")
-    paths = [str(folder / "theirs"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(folder / "theirs"), str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     return ["--config-dir", str(conf)], {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
@@ -147,7 +148,7 @@ class Ranks:
         evaluate: list[str] | None = None,
         slurm: bool = False,
     ) -> list[Command]:
-        """As torchrun or srun starts them, but with nobody to look after them. Forks: they need not import torch.
+        """As torchrun or srun starts them, but with nobody to look after them.
 
         Args:
             fault: See ``PARTS``.
@@ -176,7 +177,7 @@ class Ranks:
         return start(self.folder, *words, **env, **self.fault(fault))
 
     def elastic(self, fault: dict[str, Any] | None = None) -> Command:
-        """As torchrun's agent, which looks after them; all in a session of their own."""
+        """As torchrun's agent, which looks after them; all in one session of their own."""
         words, env = self.words()
         return start(
             self.folder, *words, before=ELASTIC.replace("{world}", str(self.world)), **env, **self.fault(fault)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import random
 import signal
@@ -19,12 +18,12 @@ import torch
 import torchvision
 from tests.conftest import refused
 from tests.data import datafiles
+from tests.processes import CONTEXT, ended, fork
 
 from redoubt.data import CIFAR10, archives
 
 ARCHIVE = "cifar-10-python.tar.gz"
 PIECES = 16
-FORK = multiprocessing.get_context("fork")
 #: Of each test that is repeated.
 ROUNDS = [pytest.param(3, id="3"), pytest.param(50, id="50", marks=pytest.mark.slow)]
 
@@ -52,6 +51,11 @@ class Site(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/{ARCHIVE}"
+
+    @property
+    def published(self) -> dict[str, str]:
+        """What torchvision is to take for the archive's address and checksum."""
+        return {"url": self.url, "tgz_md5": hashlib.md5(self.content).hexdigest()}
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that was killed is no news."""
@@ -97,13 +101,13 @@ def expected(tmp_path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def site(tmp_path: Path, expected: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """A server whose archive is the published one, as far as this process and its children know."""
+    """A server whose archive is the published one, as far as this process and those that it starts know."""
     content = (tmp_path / "site" / ARCHIVE).read_bytes()
     with Site(content) as site:
         thread = threading.Thread(target=site.serve_forever, args=(0.01,), daemon=True)
         thread.start()
-        monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", site.url)
-        monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+        for name, value in site.published.items():
+            monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
         yield site
         site.go.set()
         site.shutdown()
@@ -113,21 +117,19 @@ def data_in(root: Path) -> CIFAR10:
     return CIFAR10(root=str(root), source="official", num_classes=10, image_size=32, **datafiles.FACTS)
 
 
-def fetch(root: Path, barrier: Callable[[], object] = bool) -> None:
-    torch.set_num_threads(1)  # the parent's OpenMP threads do not exist after a fork
+def fetch(root: Path, published: dict[str, str] | None = None, barrier: Callable[[], object] = bool) -> None:
+    for name, value in (published or {}).items():
+        setattr(torchvision.datasets.CIFAR10, name, value)
     barrier()
     data_in(root).prepare_data()
 
 
-def started(root: Path, *barrier: Callable[[], object]) -> BaseProcess:
-    child = FORK.Process(target=fetch, args=(root, *barrier), daemon=True)
-    child.start()
-    return child
+def started(site: Site, root: Path, *barrier: Callable[[], object]) -> BaseProcess:
+    return fork(fetch, root, site.published, *barrier)
 
 
-def ended(child: BaseProcess) -> int | None:
-    child.join(30)
-    return child.exitcode
+def code(child: BaseProcess) -> int:
+    return ended(child, 30, "a download")
 
 
 def visible(root: Path) -> list[str]:
@@ -150,15 +152,15 @@ def kill_half_way(site: Site, root: Path, at: int, waiting: bool = False) -> Bas
     site.stop_before = at
     site.reached.clear()
     site.go.clear()
-    child = started(root)
+    child = started(site, root)
     assert site.reached.wait(30)
     (root / ".thesis.docx.part").write_text("somebody else's")
     while not list(root.glob(".cifar*.part")):
         time.sleep(0.001)
-    other = started(root) if waiting else None
+    other = started(site, root) if waiting else None
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
-    assert ended(child) == -signal.SIGKILL
+    assert code(child) == -signal.SIGKILL
     site.go.set()
     return other
 
@@ -182,7 +184,7 @@ def test_killed_half_way(
             assert visible(root) == []
             fetch(root)
         else:
-            assert ended(other) == 0
+            assert code(other) == 0
         assert_clean(root, expected)
         assert (root / ".thesis.docx.part").is_file()
 
@@ -199,9 +201,9 @@ def test_two_at_once(
     """One downloads, the other waits and reads what it left."""
     record_property("injected", rounds)
     for number in range(rounds):
-        root, barrier, asked = tmp_path / str(number), FORK.Barrier(2), site.asked
-        children = [started(root, barrier.wait) for _ in range(2)]
-        assert [ended(child) for child in children] == [0, 0]
+        root, barrier, asked = tmp_path / str(number), CONTEXT.Barrier(2), site.asked
+        children = [started(site, root, barrier.wait) for _ in range(2)]
+        assert [code(child) for child in children] == [0, 0]
         assert site.asked == asked + 1
         assert_clean(root, expected)
 

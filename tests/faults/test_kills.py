@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.conftest import everything
 from tests.faults.killing import PLACES
-from tests.test_cli import ROOT, Command, start
+from tests.processes import ROOT, Command, start
 from tests.test_ddp import launched
 
 from redoubt.runs.files import read_rows

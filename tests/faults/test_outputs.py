@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from tests.faults.test_kills import CELLS, SMALL, armed, outcome, run, whole
-from tests.test_cli import Command, only_run, start
+from tests.processes import Command, start
+from tests.test_cli import only_run
 
 from redoubt.runs.checkpoints import read_checkpoint
 from redoubt.runs.store import Run

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from tests.faults.test_kills import SMALL, armed
+from tests.processes import start
 from tests.reporting.test_wandb import segments
-from tests.test_cli import only_run, start
+from tests.test_cli import only_run
 
 from redoubt.runs.files import read_rows
 from redoubt.runs.store import Run

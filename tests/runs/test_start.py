@@ -12,7 +12,8 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import save_file
-from tests.test_cli import SMALL, redoubt, start
+from tests.processes import redoubt, start
+from tests.test_cli import SMALL
 
 from redoubt import build
 from redoubt.build import build_data, build_module

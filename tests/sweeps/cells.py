@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from tests.processes import start
 
 from redoubt.defenses import RobustModule
 from redoubt.runs import running
@@ -31,19 +32,13 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def forked(call: Callable[[], object]) -> int:
-    """A process that does the call and ends; its id. (A fork has torch already; a new one needs seconds for it.)"""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            call()
-        finally:
-            os._exit(0)
-    return pid
+def killed(step: int, *argv: str) -> None:
+    """Run ``redoubt argv`` here, in a process that gets SIGKILL after so many training steps, over all cells."""
+    before = f"from tests.sweeps.cells import die_at; die_at({step})"
+    assert start(Path.cwd(), *argv, before=before).end().code == -signal.SIGKILL
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """This process gets SIGKILL after so many training steps, over all cells."""
+def die_at(step: int) -> None:
     true, done = RobustModule.after_step, [0]
 
     def after_step(self: RobustModule) -> None:
@@ -52,4 +47,4 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         if done[0] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(RobustModule, "after_step", after_step)
+    RobustModule.after_step = after_step  # type: ignore[method-assign]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 from tests.conftest import Shell
-from tests.sweeps.cells import SMALL, forked, killed_at, trainings
+from tests.sweeps.cells import SMALL, killed, trainings
 
 from hydra_plugins.redoubt_sweeper import expand
 from redoubt import cli, sweeps
@@ -111,12 +110,7 @@ def test_a_cell_at_which_another_process_works_is_passed_over(shell: Shell, monk
 
 def test_killed_in_the_middle(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = [*GRID, "attack=none", "seed=0,1,2"]
-
-    def child() -> None:
-        killed_at(monkeypatch, step=4)  # three steps make a cell
-        shell(*grid)
-
-    assert os.WTERMSIG(os.waitpid(forked(child), 0)[1]) == signal.SIGKILL
+    killed(4, *grid)  # three steps make a cell
     died = shell("report", "status").out
     assert "1 done, 1 interrupted, 1 missing" in died
     assert "died" in died
@@ -129,7 +123,10 @@ def test_killed_in_the_middle(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["seed=0,1", "defense.tua=1"], "defense.tua is not a key"),
+        (["seed=0,1", "defense.tua=1"], "redoubt: defense.tua is not a key"),
+        (["seed=0", "optimizer.lr=-1"], "redoubt: optimizer.lr=-1 must be at least"),
+        (["optimizer.lr=0.1,-1", "seed=0,1"], "redoubt: cell optimizer.lr=-1 seed=0: optimizer.lr=-1 must be at least"),
+        (["seed=0,1", "attack=none,fgsm", "attack.eps=-1"], "redoubt: cell seed=0 attack=none attack.eps=-1: attack.eps=-1"),
         (["seed=0,1", "sweep.name=../x"], "sweep.name=../x must be a file name"),
         (["seed=interval(0,1)"], "seed: an interval has no list of values"),
     ],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 
 import pytest
 from tests.conftest import Shell, refused
-from tests.sweeps.cells import SMALL, forked, killed_at, trainings
+from tests.processes import start
+from tests.sweeps.cells import SMALL, killed, trainings
 
 from hydra_plugins.redoubt_sweeper import parsed
 from redoubt import sweeps
@@ -85,21 +84,16 @@ def test_resumed_with_more_trials(shell: Shell, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_two_that_share(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_and_two_that_share(shell: Shell) -> None:
     """The trial of the dead is done first, with its values; two processes make no trial twice and none too many."""
     words = [*SEARCH, "optimizer.lr=interval(0.01,0.1)", "trainer.max_epochs=2", "hydra.sweeper.trials=4"]
-
-    def dies() -> None:
-        killed_at(monkeypatch, step=4)
-        shell(*words)
-
-    assert os.WTERMSIG(os.waitpid(forked(dies), 0)[1]) == signal.SIGKILL
+    killed(4, *words)
     (left,) = trials()
     assert left.state.name == "RUNNING"
 
-    helper = forked(lambda: shell(*words))
+    helper = start(Path.cwd(), *words)
     ended = shell(*words)
-    os.waitpid(helper, 0)
+    helper.end().good()
     assert ended.code == 0, ended.err
     found = trials()
     counted = [t for t in found if "requeued" not in t.user_attrs]
