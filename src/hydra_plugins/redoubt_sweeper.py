@@ -161,8 +161,8 @@ class GridSweeper(BasicSweeper):
             try:
                 config.ready(cell, config.root)
             except UserError as error:
-                shown = " ".join(redacted(own(cell, cells)))
-                raise UserError(f"cell {shown}: {error}" if len(cells) > 1 else str(error)) from error
+                shown = " ".join(redacted(own(cell, cells))) if len(cells) > 1 else ""
+                raise UserError(f"cell {shown}: {error}" if shown else str(error)) from error
             seen |= set(cell)
 
 
