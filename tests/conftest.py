@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import omegaconf.base
+import omegaconf.grammar_parser
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 # Composing makes many small objects: to search them for cycles ever so often takes a tenth of the time.
 gc.set_threshold(20_000)
+
+# OmegaConf parses an interpolation each time that it is read. The trees are only looked at: one parse serves all tests.
+omegaconf.base.parse = functools.cache(omegaconf.grammar_parser.parse)  # type: ignore[attr-defined]
 
 CONF = Path(config.config_dir())
 

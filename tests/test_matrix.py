@@ -258,3 +258,10 @@ def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytes
     own.write_text("kind: cosine\n")
     assert config.compose(["schedule=own"]).schedule.kind == "cosine"
     assert str(own) in read
+    recipe = tmp_path / "recipe/data/cifar10.yaml"  # is looked for, and was not there
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("# @package _global_\noptimizer:\n  lr: 0.7\n")
+    assert config.compose(["schedule=own"]).optimizer.lr == 0.7
+    assert config.compose(["schedule=own", "optimizer.lr=0.2"]).optimizer.lr == 0.2
+    recipe.unlink()
+    assert config.compose(["schedule=own"]).optimizer.lr == first.optimizer.lr

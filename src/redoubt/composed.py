@@ -6,17 +6,19 @@ comes from: of the command line, of each job of a sweep, in a worker of a launch
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from hydra._internal import hydra
+from hydra._internal import config_loader_impl, hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
@@ -72,7 +74,7 @@ class Loader(ConfigLoaderImpl):
     def __init__(self, config_search_path: ConfigSearchPath, folders: Sequence[str]) -> None:
         super().__init__(config_search_path)
         self.folders = list(folders)
-        self.repository = Files(config_search_path)
+        self.repository = Files(config_search_path)  # of which Hydra makes a copy for each config
 
     def load_configuration(self, config_name: Any, overrides: list[str], *rest: Any, **options: Any) -> DictConfig:
         """See Hydra.
@@ -104,6 +106,37 @@ class Loader(ConfigLoaderImpl):
             for name in _MADE:  # as checked: ${now:} and the like may be another thing the next time
                 cfg.hydra[name] = tree["hydra"][name]
         return cfg
+
+    def _load_configuration_impl(self, *arguments: Any, **options: Any) -> DictConfig:
+        module: Any = config_loader_impl
+        true, module.create_defaults_list = module.create_defaults_list, self._defaults_list
+        try:
+            return super()._load_configuration_impl(*arguments, **options)
+        finally:
+            module.create_defaults_list = true
+
+    def _defaults_list(self, repo: Any, config_name: Any, overrides_list: list[Override], **options: Any) -> Any:
+        """Hydra's list of the files to merge; an empty one where the same files were merged before."""
+        chosen = Overrides(repo, overrides_list)
+        sources = [(source.provider, source.path) for source in repo.get_sources()]
+        groups = (chosen.override_choices, chosen.append_group_defaults, chosen.deletions)
+        self._groups = pickle.dumps((sources, config_name, options, groups))
+        merged = _MERGED.get(self._groups)
+        if merged is not None and all(repo.delegate.state(name) == state for name, state in merged.files.items()):
+            chosen.known_choices = dict(merged.choices)
+            return DefaultsList([], cast(Any, None), chosen.config_overrides, chosen)
+        _MERGED.pop(self._groups, None)
+        found = create_defaults_list(repo, config_name, overrides_list, **options)
+        self._choices = dict(found.overrides.known_choices)
+        return found
+
+    def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
+        """The merged files, before the command line's values are set."""
+        merged = _MERGED.get(self._groups)
+        if merged is None:
+            cfg = super()._compose_config_from_defaults_list(defaults, repo)
+            merged = _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, pickle.dumps(cfg))
+        return cast(DictConfig, pickle.loads(merged.config))
 
     def _check_hydra(self, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
         values = {f"hydra.{key}": value for key, value in nodes(tree)}
@@ -145,7 +178,28 @@ class Loader(ConfigLoaderImpl):
 
 
 class Files(ConfigRepository):
-    """Hydra's files of configs, each read once by a process, which in a sweep composes often."""
+    """Hydra's files of configs, each read once by a process, which in a sweep composes often.
+
+    Attributes:
+        asked: State of each config that was asked for, by name.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.asked: dict[str, Any] = {}
+
+    def state(self, config_path: str) -> Any:
+        """What tells whether a config is the same as before: its provider, file, time of change and size."""
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.scheme() != "file":
+            return source and source.provider
+        file = Path(source.path, source._normalize_file_name(config_path))
+        state = file.stat()
+        return source.provider, file, state.st_mtime_ns, state.st_size
+
+    def config_exists(self, config_path: str) -> bool:
+        self.asked[config_path] = self.state(config_path)
+        return super().config_exists(config_path)
 
     def load_config(self, config_path: str) -> Any:
         """See Hydra.
@@ -153,20 +207,33 @@ class Files(ConfigRepository):
         Raises:
             UserError: The file's tree has no end, or as good as none.
         """
-        source = self._find_object_source(config_path, ObjectType.CONFIG)
-        if source is None or source.scheme() != "file":
+        state = self.asked[config_path] = self.state(config_path)
+        if not isinstance(state, tuple):
             return super().load_config(config_path)
-        file = Path(source.path, source._normalize_file_name(config_path))
-        state = file.stat()
-        key = (source.provider, file, state.st_mtime_ns, state.st_size)
-        if key not in _READ:
-            _check_anchors(file)
-            _READ[key] = super().load_config(config_path)
-        return copy.deepcopy(_READ[key])
+        if state not in _READ:
+            _check_anchors(state[1])
+            _READ[state] = pickle.dumps(super().load_config(config_path))
+        return pickle.loads(_READ[state])
 
 
-#: What the files hold, by provider, path, time of change and size.
-_READ: dict[tuple[str, Path, int, int], Any] = {}
+@dataclass(frozen=True)
+class Merged:
+    """What some options of groups came to, before the command line's values.
+
+    Args:
+        files: State of each config that was asked for, by name.
+        choices: Option of each group.
+        config: The pickled config: whoever gets it changes it.
+    """
+
+    files: dict[str, Any]
+    choices: dict[str, Any]
+    config: bytes
+
+
+#: By the pickled options of groups; and what the files hold, pickled, by their state.
+_MERGED: dict[bytes, Merged] = {}
+_READ: dict[tuple[str, Path, int, int], bytes] = {}
 
 
 def _check_anchors(file: Path) -> None:

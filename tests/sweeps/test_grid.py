@@ -126,7 +126,10 @@ def test_killed_in_the_middle(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> 
         (["seed=0,1", "defense.tua=1"], "redoubt: defense.tua is not a key"),
         (["seed=0", "optimizer.lr=-1"], "redoubt: optimizer.lr=-1 must be at least"),
         (["optimizer.lr=0.1,-1", "seed=0,1"], "redoubt: cell optimizer.lr=-1 seed=0: optimizer.lr=-1 must be at least"),
-        (["seed=0,1", "attack=none,fgsm", "attack.eps=-1"], "redoubt: cell seed=0 attack=none attack.eps=-1: attack.eps=-1"),
+        (
+            ["seed=0,1", "attack=none,fgsm", "attack.eps=-1"],
+            "redoubt: cell seed=0 attack=none attack.eps=-1: attack.eps=-1",
+        ),
         (["seed=0,1", "sweep.name=../x"], "sweep.name=../x must be a file name"),
         (["seed=interval(0,1)"], "seed: an interval has no list of values"),
     ],
