@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults lint bench lock wheel clean
+.PHONY: help setup demo test test-all numbers compare faults lint bench lock wheel clean
 
 # uv makes the environment; it is installed into .tools where the machine has none.
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
@@ -34,6 +34,14 @@ test: setup  ## the tests, without the slow cells
 
 test-all: setup  ## every test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ORDER)
+
+# CELLS= takes a part of the cells, as CELLS='fsr trades'.
+numbers: setup  ## store the numbers of tests/numbers again, and say what moved
+	$(PY) -m tests.numbers.compare --only "$(CELLS)"
+
+compare: setup  ## hold this tree's numbers and weights against a commit's, bit by bit: make compare BASE=HEAD~1
+	@test -n "$(BASE)" || { echo "make compare wants a commit: make compare BASE=HEAD~1"; exit 2; }
+	$(PY) -m tests.numbers.compare "$(BASE)" --only "$(CELLS)"
 
 KILLS ?= 40
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
+
+from tests.processes import QUIET
+
+os.environ.update(QUIET)  # as its forks have them: rich reads COLUMNS when it is imported
 
 import hydra.main  # noqa: F401
 import lightning.pytorch  # noqa: F401

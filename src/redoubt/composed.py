@@ -6,7 +6,7 @@ comes from: of the command line, of each job of a sweep, in a worker of a launch
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ class Loader(ConfigLoaderImpl):
         chosen = Overrides(repo, overrides_list)
         sources = [(source.provider, source.path) for source in repo.get_sources()]
         groups = (chosen.override_choices, chosen.append_group_defaults, chosen.deletions)
-        self._groups = pickle.dumps((sources, config_name, options, groups))
+        self._groups = repr((sources, config_name, options, groups))
         merged = _MERGED.get(self._groups)
         if merged is not None and all(repo.delegate.state(name) == state for name, state in merged.files.items()):
             chosen.known_choices = dict(merged.choices)
@@ -135,8 +135,8 @@ class Loader(ConfigLoaderImpl):
         merged = _MERGED.get(self._groups)
         if merged is None:
             cfg = super()._compose_config_from_defaults_list(defaults, repo)
-            merged = _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, pickle.dumps(cfg))
-        return cast(DictConfig, pickle.loads(merged.config))
+            merged = _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, cfg)
+        return copy.deepcopy(merged.config)  # whoever gets it changes it
 
     def _check_hydra(self, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
         values = {f"hydra.{key}": value for key, value in nodes(tree)}
@@ -212,28 +212,29 @@ class Files(ConfigRepository):
             return super().load_config(config_path)
         if state not in _READ:
             _check_anchors(state[1])
-            _READ[state] = pickle.dumps(super().load_config(config_path))
-        return pickle.loads(_READ[state])
+            _READ[state] = super().load_config(config_path)
+        return copy.deepcopy(_READ[state])
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What some options of groups came to, before the command line's values.
+    """What the files of some options of groups came to.
 
     Args:
         files: State of each config that was asked for, by name.
         choices: Option of each group.
-        config: The pickled config: whoever gets it changes it.
+        config: The config, before the command line's values are set.
     """
 
     files: dict[str, Any]
     choices: dict[str, Any]
-    config: bytes
+    config: DictConfig
 
 
-#: By the pickled options of groups; and what the files hold, pickled, by their state.
-_MERGED: dict[bytes, Merged] = {}
-_READ: dict[tuple[str, Path, int, int], bytes] = {}
+#: By the options of groups.
+_MERGED: dict[str, Merged] = {}
+#: What the files hold, by their state.
+_READ: dict[tuple[str, Path, int, int], Any] = {}
 
 
 def _check_anchors(file: Path) -> None:

@@ -1,0 +1,113 @@
+"""The whole runs whose numbers are stored and compared: every defense x base, and what else changes a step.
+
+They go through the command line and are read from the files of the run, so that they outlive any change of the code.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.test_matrix import BASES, DEFENSES, allowed, default_base
+
+STORED = Path(__file__).parent
+
+#: Four epochs of one step each, so that each row of metrics.csv is a step; and an attack of two steps. At this rate
+#: and eps the nets have learnt enough by then that accuracies tell something.
+SMALL = (
+    "model=resnet_small", "model.widths=[4,4,8,8]", "data=digits", "data.image_size=8", "data.limit_train=128",
+    "data.limit_test=100", "data.batch_size=128", "data.probe=50", "data.augment=crop_flip", "trainer=cpu",
+    "trainer.max_epochs=4", "trainer.progress=false", "inner.steps=2", "validation.steps=1", "validation.step=1",
+    "natural.trainer.max_epochs=1", "attack=pgd", "attack.steps=2", "model.normalize=true", "optimizer.lr=0.2",
+    "threat.eps=0.05",
+)  # fmt: skip
+
+#: What a defense needs to be small, or to do within four steps all that it does.
+OWN = {"fsr": ("defense.hidden=4",), "cure": ("defense.rate=1", "defense.decay=0.5")}
+
+OPTIONS = {
+    "awp": ("awp.rho=0.01",),
+    "ema": ("ema=wa", "ema.decay=0.5"),
+    "label smoothing": ("label_smoothing=0.1",),
+    "accumulate": ("trainer.accumulate=2",),
+    "bf16": ("trainer.precision=bf16-mixed",),
+    "two ranks": ("trainer=ddp_cpu", "trainer.devices=2"),
+}
+
+
+def cells() -> Iterator[tuple[str, str, bool]]:
+    """Yield (defense, cell, whether it is quick): every base of each defense, and each option on its default base."""
+    for number, defense in enumerate(DEFENSES):
+        for base in BASES:
+            if base in allowed(defense):
+                yield defense, base, True
+        for place, option in enumerate(OPTIONS):
+            yield defense, f"{default_base(defense)}, {option}", place % len(DEFENSES) == number
+
+
+def words(defense: str, cell: str) -> list[str]:
+    """The words of the command line."""
+    base, _, option = cell.partition(", ")
+    return [*SMALL, f"defense={defense}", f"base={base}", *OWN.get(defense, ()), *OPTIONS.get(option, ())]
+
+
+def runs_here(cell: str) -> bool:
+    """Whether this processor has what a cell needs; redoubt refuses bfloat16 where it would be emulated."""
+    return not cell.endswith("bf16") or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def machine() -> dict[str, str]:
+    """The kind of machine: where it is another one, the last bits may differ."""
+    info = Path("/proc/cpuinfo")
+    known = (
+        dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", info.read_text(), re.M)) if info.exists() else {}
+    )
+    named = " ".join(known[key] for key in ("vendor_id", "cpu family", "model") if key in known)
+    return {
+        "processor": named or platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__.split("+")[0],
+    }
+
+
+def folder_of(out: str, where: Path) -> Path:
+    """The run's folder, as the command told it."""
+    return where / re.findall(r"^run: (.*)$", out, re.M)[-1]
+
+
+def numbers(run: Path) -> dict[str, Any]:
+    """The rows of a run's metrics.csv and the accuracies of its one evaluation."""
+    with (run / "metrics.csv").open() as file:
+        rows = [{k: float(v) for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+    (results,) = (json.loads(file.read_text()) for file in run.glob("eval/*/results.json"))
+    return {"steps": rows, "evaluation": {name: found["accuracy"] for name, found in results["metrics"].items()}}
+
+
+def stored(defense: str) -> dict[str, Any]:
+    """What was stored: {"machine": ..., "cells": {cell: numbers}}."""
+    file = STORED / f"{defense}.json"
+    return json.loads(file.read_text()) if file.exists() else {"machine": {}, "cells": {}}
+
+
+def moved(found: dict[str, Any], before: dict[str, Any], relative: float, one_example: bool) -> Iterator[str]:
+    """Yield each number that differs by more than ``relative``, by step and name, as a line.
+
+    Args:
+        found, before: See `numbers`.
+        relative: Of the number, or, where it is less than 1, absolute.
+        one_example: Whether an accuracy may differ by one of the hundred test images, or fifty of the probe.
+    """
+    pairs = [(f"step {i}", *both) for i, both in enumerate(zip(found["steps"], before["steps"], strict=True), 1)]
+    for place, new, old in [*pairs, ("evaluation", found["evaluation"], before["evaluation"])]:
+        for name in dict.fromkeys([*old, *new]):
+            a, b = new.get(name), old.get(name)
+            counted = one_example and (place == "evaluation" or name.startswith("train_probe/"))
+            near = relative * max(1.0, abs(b or 0.0)) + counted * 0.02
+            if a is None or b is None or not abs(a - b) <= near:
+                yield f"{place}, {name}: {b} -> {a}"
