@@ -83,15 +83,17 @@ def outputs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cell(outputs: Path) -> Callable[..., DictConfig]:
-    """A resolved, small cell: 32 fake images of 16 pixels in batches of 8, one-step attacks."""
+    """A resolved, small cell: 30 fake images of 8 pixels in batches of 8, one-step attacks."""
 
     def compose(*overrides: str) -> DictConfig:
         small = [
-            "model=resnet_small", "data=digits", "data.source=fake", "data.image_size=16", "data.limit_train=30",
+            "model=resnet_small", "data=digits", "data.source=fake", "data.image_size=8", "data.limit_train=30",
             "data.limit_test=10", "data.batch_size=8", "data.probe=10", "trainer=cpu", "trainer.max_epochs=2",
             "trainer.progress=false", "inner.steps=1", "validation.steps=1", "validation.step=1", "attack=none",
             f"paths.outputs={outputs}",
         ]  # fmt: skip
+        if not any(o.startswith("model=") and not o.endswith("_small") for o in overrides):
+            small.append("model.widths=[4,4,8,8]")
         return config.resolve(composed(*small, *overrides))
 
     return compose

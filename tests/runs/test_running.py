@@ -70,10 +70,10 @@ def natural_by_hand(outputs: Path, *more: str) -> DictConfig:
     """``defense=none base=standard`` on the cell's model and data, all else its own recipe's."""
     return config.resolve(
         config.compose([
-            "defense=none", "base=standard", "model=resnet_small", "data=digits", "data.source=fake",
-            "data.image_size=16", "data.limit_train=30", "data.limit_test=10", "data.batch_size=8", "data.probe=10",
-            "trainer=cpu", "trainer.progress=false", "validation.steps=1", "validation.step=1", "attack=none",
-            f"paths.outputs={outputs}", *more,
+            "defense=none", "base=standard", "model=resnet_small", "model.widths=[4,4,8,8]", "data=digits",
+            "data.source=fake", "data.image_size=8", "data.limit_train=30", "data.limit_test=10", "data.batch_size=8",
+            "data.probe=10", "trainer=cpu", "trainer.progress=false", "validation.steps=1", "validation.step=1",
+            "attack=none", f"paths.outputs={outputs}", *more,
         ])
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_natural_replaces_its_own_recipe(cell: Cell, outputs: Path, natural: lis
 
 def test_the_twin_keeps_what_decides_the_comparison(cell: Cell, outputs: Path) -> None:
     """Model, data, threat, precision and formats are the cell's."""
-    cfg = cell("defense=fsr", "model.widths=[4,4,8,8]", "threat.eps=0.1", "threat.norm=linf", "data.augment=crop_flip",
+    cfg = cell("defense=fsr", "model.widths=[2,4,8,8]", "threat.eps=0.1", "threat.norm=linf", "data.augment=crop_flip",
                "channels_last=true", "trainer.deterministic=true")  # fmt: skip
     twin = running.twin_config(cfg, defense="none", base="standard")
     for section in ("model", "data", "threat", "attack", "paths"):
