@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from hydra._internal import config_loader_impl, hydra
+from hydra._internal import config_loader_impl, defaults_list, hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
+from hydra._internal.defaults_list import DefaultsList, Overrides, _create_interpolation_map, create_defaults_list
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
@@ -109,11 +109,13 @@ class Loader(ConfigLoaderImpl):
 
     def _load_configuration_impl(self, *arguments: Any, **options: Any) -> DictConfig:
         module: Any = config_loader_impl
+        lists: Any = defaults_list
         true, module.create_defaults_list = module.create_defaults_list, self._defaults_list
+        choices, lists._create_interpolation_map = lists._create_interpolation_map, _choices_if_asked_for
         try:
             return super()._load_configuration_impl(*arguments, **options)
         finally:
-            module.create_defaults_list = true
+            module.create_defaults_list, lists._create_interpolation_map = true, choices
 
     def _defaults_list(self, repo: Any, config_name: Any, overrides_list: list[Override], **options: Any) -> Any:
         """Hydra's list of the files to merge; an empty one where the same files were merged before."""
@@ -235,6 +237,12 @@ class Merged:
 _MERGED: dict[str, Merged] = {}
 #: What the files hold, by their state.
 _READ: dict[tuple[str, Path, int, int], Any] = {}
+
+
+def _choices_if_asked_for(overrides: Overrides, entries: list[Any], self_added: bool) -> DictConfig | None:
+    """Hydra's map of what was chosen, for files that refer to it: most do not, and to make it takes long."""
+    asked = any(entry.is_interpolation() for entry in entries)
+    return _create_interpolation_map(overrides, entries, self_added) if asked else None
 
 
 def _check_anchors(file: Path) -> None:
