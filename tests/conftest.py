@@ -23,6 +23,7 @@ import omegaconf.grammar_parser
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from tests.budget import pytest_runtest_call, pytest_runtest_setup  # noqa: F401
 
 from redoubt import cli, config
 from redoubt.errors import UserError

@@ -49,6 +49,7 @@ def verdicts(run: Run) -> bytes:
     return found.read_bytes()
 
 
+@pytest.mark.imports(1)
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Without BatchNorm: weights to 1e-6, the same verdicts, the same row of metrics."""
     own, env = of_own(tmp_path)

@@ -24,8 +24,10 @@ def generator(seed: int, purpose: str, *counters: int, device: torch.device | st
         seed: The run's (or the evaluation's) seed.
         purpose: What the numbers are for, as ``"inner"`` or ``"augment"``.
         counters: The step, the chunk, the restart: whatever tells one draw from the next.
-        device: Where the numbers are drawn. CPU and CUDA give different numbers for the same name.
+        device: Where the numbers are drawn. CPU and CUDA give different numbers for the same name; the meta device,
+            which has no generators, takes the CPU's.
     """
-    g = torch.Generator(device=device)
+    device = torch.device(device)
+    g = torch.Generator(device="cpu" if device.type == "meta" else device)
     g.manual_seed(derive(seed, purpose, *counters))
     return g

@@ -37,7 +37,8 @@ OPTIONS = {
     "label smoothing": ("label_smoothing=0.1",),
     "accumulate": ("trainer.accumulate=2",),
     "bf16": ("trainer.precision=bf16-mixed",),
-    "two ranks": ("trainer=ddp_cpu", "trainer.devices=2"),
+    # In a store of its own: a natural run that two ranks have trained is not that of one process.
+    "two ranks": ("trainer=ddp_cpu", "trainer.devices=2", "paths.outputs=outputs/two-ranks"),
 }
 
 
@@ -87,6 +88,23 @@ def numbers(run: Path) -> dict[str, Any]:
         rows = [{k: float(v) for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
     (results,) = (json.loads(file.read_text()) for file in run.glob("eval/*/results.json"))
     return {"steps": rows, "evaluation": {name: found["accuracy"] for name, found in results["metrics"].items()}}
+
+
+def tensors(tree: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of nested containers, copied, by their path."""
+    if isinstance(tree, torch.Tensor):
+        return {name: tree.detach().cpu().clone()}
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    found: dict[str, torch.Tensor] = {}
+    for key, value in pairs:
+        found |= tensors(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def saved(run: Path) -> dict[str, torch.Tensor]:
+    """Weights, buffers and averages of a run's last checkpoint."""
+    last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    return tensors({key: last[key] for key in ("state_dict", "redoubt")})
 
 
 def stored(defense: str) -> dict[str, Any]:

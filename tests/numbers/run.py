@@ -23,18 +23,7 @@ from redoubt import cli
 from redoubt.defenses import RobustModule
 
 sys.path.append(str(Path(__file__).parents[2]))  # behind the tree whose numbers are taken
-from tests.numbers.cells import folder_of, numbers
-
-
-def tensors(tree: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of nested containers, by their path."""
-    if isinstance(tree, torch.Tensor):
-        return {name: tree.detach().cpu().clone()}
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
-    found: dict[str, torch.Tensor] = {}
-    for key, value in pairs:
-        found |= tensors(value, f"{name}.{key}" if name else str(key))
-    return found
+from tests.numbers.cells import folder_of, numbers, saved, tensors
 
 
 def run(argv: list[str], folder: Path) -> dict[str, Any]:
@@ -59,13 +48,12 @@ def run(argv: list[str], folder: Path) -> dict[str, Any]:
     if code:
         return {"failed": (err.getvalue().strip().splitlines() or [f"exit code {code}"])[-1]}
     where = folder_of(out.getvalue(), folder)
-    last = torch.load(where / "checkpoints/last.ckpt", weights_only=True)
     verdicts = [np.load(file) for file in where.glob("eval/*/verdicts.npz")]
     return {
         "run": where.name,
         "steps": steps,
         "numbers": numbers(where),
-        "checkpoint": tensors({key: last[key] for key in ("state_dict", "redoubt")}),
+        "checkpoint": saved(where),
         "verdicts": {name: torch.from_numpy(file[name]) for file in verdicts for name in file if file[name].ndim},
     }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.conftest import composed
 from torch import nn
 
+from redoubt.build import build_module
 from redoubt.errors import UserError
 from redoubt.training.ema import EMA
 
@@ -136,3 +138,14 @@ def test_load_restores_what_was_saved():
 def test_decay_out_of_range_is_refused(decay):
     with pytest.raises(UserError, match=r"ema\.decay"):
         EMA(net(), decay=decay)
+
+
+def test_evaluated_state_is_a_nets_own():
+    """``model.normalize``'s mean and std are averaged as any buffer, but are no part of a checkpoint."""
+    module = build_module(composed("model=cnn_small", "model.widths=[2,2,2,2]", "data=digits", "ema=wa",
+                                   "model.normalize=true"))  # fmt: skip
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    state = module.evaluated_state(checkpoint)
+    assert state.keys() == checkpoint["state_dict"].keys()
+    module.load_state_dict(state)

@@ -36,7 +36,9 @@ class Linf:
 
     def projection(self, x: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
         # The difference is clamped, not the point: so do the papers' codes and torchattacks, and the bits are theirs.
-        low, high = (torch.as_tensor(e, dtype=x.dtype, device=x.device) for e in (-eps, eps))
+        # A number is filled in on the device: torch.tensor would copy it from the host, and wait for a GPU.
+        high = eps.to(x) if isinstance(eps, Tensor) else x.new_full((), eps)
+        low = -high
         return lambda adv: adv.sub_(x).clamp_(low, high).add_(x).clamp_(0.0, 1.0)
 
     def uniform(self, shape: Sequence[int], generator: torch.Generator | None, like: Tensor) -> Tensor:

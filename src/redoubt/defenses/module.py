@@ -167,7 +167,8 @@ class RobustModule(LightningModule):
             average = checkpoint["redoubt"]["ema"]
             if average is None:
                 raise UserError("it holds no averaged weights: take evaluation.weights=student")
-            state |= {f"net.{name}": tensor for name, tensor in average.items()}
+            # The average has buffers too that no checkpoint saves: model.normalize's mean and std.
+            state |= {f"net.{name}": tensor for name, tensor in average.items() if f"net.{name}" in state}
         return state
 
     def deployed(self) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -85,8 +85,9 @@ class Standing:
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> None:
         device = conv.weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        casts = _autocasts(device)
+        dtype = torch.get_autocast_dtype(device) if casts else conv.weight.dtype
+        with torch.no_grad(), torch.autocast(device, enabled=False) if casts else nullcontext():
             weight, bias = (conv.weight, conv.bias) if bn is None else folded(conv, bn)
             self.whole = weight.detach(), None if bias is None else bias.detach()
             self.weight, self.bias = self.whole[0].to(dtype), None if bias is None else bias.detach().to(dtype)
@@ -107,7 +108,7 @@ class Standing:
                 self.packed = self.pack(list(x.shape))
             return cast(Tensor, _Packed.apply(x, self))
         # A net may switch autocast off for a part of itself.
-        apart = x.dtype == self.whole[0].dtype and not torch.is_autocast_enabled(x.device.type)
+        apart = x.dtype == self.whole[0].dtype and not _autocasts(x.device.type)
         weight, bias = self.whole if apart else (self.weight, self.bias)
         return F.conv2d(x, weight, bias, c.stride, c.padding, c.dilation, c.groups)
 
@@ -155,6 +156,11 @@ def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     shift = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
     bias = shift * scale if bn.bias is None else shift * scale + bn.bias
     return conv.weight * scale[:, None, None, None], bias
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on; the meta device, which has none, may not be asked."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _watched(module: nn.Module) -> bool:

@@ -184,12 +184,13 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
     device = compute_device(cfg)
     weights = str(cfg.evaluation.weights)
     module = load(run, checkpoint=which, weights=weights).to(device)
+    stored = run.config()
     facts = {
         "run": run.name,
         "axes": {
-            **{k: run.config()["axes"][k] for k in ("model", "defense", "base", "data")},
+            **{k: stored["axes"][k] for k in ("model", "defense", "base", "data")},
             "attack": cfg.axes.attack,
-            "seed": run.config()["seed"],
+            "seed": stored["seed"],
         },
         "checkpoint": which,
         "weights": weights,

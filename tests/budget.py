@@ -1,0 +1,91 @@
+"""How much processor time an unmarked test may take: above ``LIMIT`` it is warned of, at three times that it fails.
+
+Counted are the test's own process, forks of `tests.processes`, and fresh processes but for what Python takes to import
+torch in each. Machines differ: the limit is scaled by how long a fixed piece of work takes here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Generator
+
+import pytest
+
+#: Seconds on the machine on which `_work` takes ``REFERENCE``.
+LIMIT = 5.0
+REFERENCE = 0.060
+#: What a fresh process takes there to import torch and lightning.
+IMPORTS = 5.5
+
+_started = [0]
+
+
+def _count(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "subprocess.Popen" and "python" in os.path.basename(str(arguments[0])):
+        _started[0] += 1
+
+
+sys.addaudithook(_count)
+
+
+def _work() -> float:
+    began = time.process_time()
+    words = [str(i * i) for i in range(60_000)]
+    " ".join(sorted(words, key=lambda word: (word[::-1], word))).split()
+    return time.process_time() - began
+
+
+@functools.cache
+def scale() -> float:
+    """How much slower than the reference this machine is now; at least 1."""
+    return max(1.0, min(_work() for _ in range(3)) / REFERENCE)
+
+
+def spent() -> float:
+    """Seconds of processor time since this process began, with what it started and has waited for."""
+    own, fresh = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    forks = sys.modules.get("tests.processes")
+    rest = forks.processor_time() if forks is not None else 0.0
+    return own.ru_utime + own.ru_stime + fresh.ru_utime + fresh.ru_stime + float(rest)
+
+
+def judge(seconds: float, fresh: int) -> tuple[bool, str] | None:
+    """Whether a test that took so long fails, and why; None where it is within its limit."""
+    factor = scale()
+    seconds -= fresh * IMPORTS * factor
+    if seconds <= LIMIT * factor:
+        return None
+    why = (
+        f"{seconds:.1f} s of processor time, {LIMIT * factor:.1f} s are an unmarked test's limit on this machine: "
+        "make it smaller, or mark it slow"
+    )
+    return seconds > 3 * LIMIT * factor, why
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    scale()
+    item.stash[_BEGAN] = (spent(), _started[0])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    result = yield
+    if item.get_closest_marker("slow") is None:
+        began, started = item.stash[_BEGAN]
+        by_forks = sum(mark.args[0] for mark in item.iter_markers("imports"))
+        found = judge(spent() - began, _started[0] - started + by_forks)
+        if found is not None:
+            fails, why = found
+            if fails:
+                pytest.fail(why, pytrace=False)
+            warnings.warn(f"{item.nodeid}: {why}", stacklevel=1)
+    return result
+
+
+_BEGAN = pytest.StashKey[tuple[float, int]]()
