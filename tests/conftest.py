@@ -5,12 +5,13 @@ torch is imported where it is needed: the process that only hands the tests out 
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import hashlib
+import importlib.metadata
 import logging
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -39,12 +40,15 @@ gc.set_threshold(20_000)
 # OmegaConf parses an interpolation each time that it is read. The trees are only looked at: one parse serves all tests.
 omegaconf.base.parse = functools.cache(omegaconf.grammar_parser.parse)  # type: ignore[attr-defined]
 
+# Each Trainer looks through all installed packages for callbacks: once is enough.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)  # type: ignore[assignment]
+
 CONF = Path(config.config_dir())
 
 
 @functools.cache
-def _grouped(groups: tuple[str, ...], command: str) -> DictConfig:
-    return config.compose(groups, command)
+def _grouped(groups: tuple[str, ...], command: str) -> bytes:
+    return pickle.dumps(config.compose(groups, command))
 
 
 @functools.cache
@@ -60,7 +64,7 @@ def composed(*overrides: str, command: str = "train") -> DictConfig:
     Hydra itself is asked where a key is not there, or is null.
     """
     groups = tuple(o for o in overrides if "." not in o.split("=")[0] and (CONF / o.split("=")[0]).is_dir())
-    cfg = copy.deepcopy(_grouped(groups, command))
+    cfg: DictConfig = pickle.loads(_grouped(groups, command))
     for override in overrides:
         if override not in groups:
             key, value = parsed(override)

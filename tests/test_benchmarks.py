@@ -27,6 +27,16 @@ CPU = torch.device("cpu")
 TINY = ("model.widths=[4,6,8]", "data.image_size=8", "inner.steps=3", "optimizer.lr=0.05")
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's own rate is measured in little time, with small products."""
+    from benchmarks import bench, machine
+
+    monkeypatch.setattr(machine, "TRIED", 0.02)
+    monkeypatch.setattr(machine, "LASTS", 0.1)
+    monkeypatch.setattr(bench, "squares", lambda device: [(256, 256, 256)])
+
+
 def tiny(cell: str, *more: str) -> tuple[RobustModule, Batch]:
     """A small net of a cell in float64, and a batch."""
     o = Options(nets=(("resnet_small", 8),), precisions=("float32",), overrides=(*TINY, *more))
@@ -125,10 +135,9 @@ def test_no_round_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch
     assert [rounds(s) for s in (-1, 7.9, 8, 11.9, 12, 1000)] == [1, 1, 2, 2, 3, 9]
 
 
-def test_the_step_is_measured_last_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import bench, machine, options, training
+def test_the_step_is_measured_last_for_as_long_as_there_is_time(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench, options, training
 
-    monkeypatch.setattr(machine, "LASTS", 0.1)
     asked: list[float] = []
     now = [0.0]
 
@@ -140,7 +149,7 @@ def test_the_step_is_measured_last_for_as_long_as_there_is_time(monkeypatch: pyt
     for module in (options, training):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(training, "measured", measured)
-    words = ["parts=step,craft", "cells=at,fsr", "precision=float32", "threads=1", "seconds=5"]
+    words = ["parts=step,craft", "cells=at,fsr", "precision=float32", "threads=1", "seconds=5", "batch=4"]
     assert [s.name for s in bench.main([*words, "minutes=10"])] == ["craft", "step"]
     assert asked == [5, (600 - 100) / 2, 600 - 200]
     asked.clear()
@@ -175,13 +184,13 @@ def test_keys(tmp_path: Path) -> None:
     assert (read(["compile=false"], ours.CELLS).compile, read(["compile=true"], ours.CELLS).compile) == (None, "true")
 
 
-def test_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part that starts no process, on a tiny net."""
-    from benchmarks import bench, libraries, loading, machine, suites
+    from benchmarks import bench, libraries, loading, suites
 
     monkeypatch.setattr(loading, "IMAGES", 64)
-    monkeypatch.setattr(machine, "LASTS", 0.1)
-    monkeypatch.setattr(suites, "TRAINED", (*suites.TRAINED, "model.widths=[4,6,8]", "trainer.max_epochs=1"))
+    less = ("model.widths=[4,6,8]", "trainer.max_epochs=1", "data.limit_train=512", "data.image_size=16")
+    monkeypatch.setattr(suites, "TRAINED", (*suites.TRAINED, *less))
     threads = torch.get_num_threads()
     words = ["model=resnet_small", "batch=4", "pairs=1", "threads=1", "precision=float32", "cells=at,cure", "workers=0",
              "images=4", "suites=fgsm,ensemble",

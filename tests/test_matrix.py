@@ -41,6 +41,8 @@ ONE_STEP = (
     "trainer.progress=false", "trainer.max_epochs=1", "trainer.fast_dev_run=true",
 )  # fmt: skip
 
+TINY = ("model.widths=[4,4,8,8]", "data.image_size=8")
+
 Cell = tuple[str, str, str, str]
 
 
@@ -80,12 +82,14 @@ def check_composes(cells: Iterable[Cell]) -> None:
         assert resolved.data._target_ == load("data", cell[3])._target_
 
 
+@functools.cache
 def load(group: str, option: str) -> DictConfig:
     found = OmegaConf.load(CONF / group / f"{option}.yaml")
     assert isinstance(found, DictConfig)
     return found
 
 
+@functools.cache
 def target(defense: str) -> str:
     """A defense's file holds its section, or, to choose a base with it, the section under its name."""
     found = load("defense", defense)
@@ -167,7 +171,7 @@ def test_a_step_of_every_defense_on_every_base(defense: str, base: str) -> None:
         with pytest.raises(UserError, match=f"base={base} is not defined for this defense"):
             build_module(composed(*words(cell)))
         return
-    logged = step(cell)
+    logged = step(cell, *TINY)
     terms = {k.removeprefix("train/") for k in logged if k.startswith("train/")}
     terms -= {"loss", "grad_norm", "accuracy_adv"}
     terms = {t for t in terms if "/" not in t}  # shares of updated weights
@@ -208,7 +212,8 @@ def default_base(defense: str) -> str:
 
 @pytest.mark.parametrize(("model", "data", "defense"), nets())
 def test_a_step_of_every_net_on_all_data(model: str, data: str, defense: str) -> None:
-    step((defense, default_base(defense), model, data), *AT_32)
+    size = (*TINY, *SLOWLY) if model == "cnn_small" else AT_32
+    step((defense, default_base(defense), model, data), *size)
 
 
 @pytest.mark.slow

@@ -26,10 +26,10 @@ from redoubt.training import trainer as trainer_module
 
 CONF = Path(config.config_dir())
 TINY = (
-    "model=resnet_small", "model.widths=[4,4,8,8]", "data=digits", "data.source=fake", "data.image_size=16",
-    "data.limit_train=24", "data.limit_test=10", "data.batch_size=8", "data.probe=10", "trainer=cpu",
+    "model=resnet_small", "model.widths=[4,4,8,8]", "data=digits", "data.source=fake", "data.image_size=8",
+    "data.limit_train=10", "data.limit_test=10", "data.batch_size=10", "data.probe=10", "trainer=cpu",
     "trainer.max_epochs=2", "trainer.progress=false", "inner.steps=2", "validation.steps=1", "validation.step=1",
-    "attack=none",
+    "validation.every=2", "attack=none",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def resolved(*overrides: str) -> DictConfig:
-    """A small cell: 24 fake images in batches of 8, two epochs."""
+    """A small cell: two epochs of a batch of 10 fake images."""
     return config.resolve(composed(*overrides))
 
 
@@ -84,6 +84,7 @@ ADAM, FSR, L2 = ("optimizer=adamw",), ("defense=fsr",), ("threat=l2",)
 AFD, CURE = ("defense=afd",), ("defense=cure", "defense.rate=1", "defense.decay=0.5")
 TRADES, MART, PLAIN = ("base=trades",), ("base=mart",), ("base=standard",)
 STEPPED = ("schedule.kind=multistep", "schedule.epochs=2", "schedule.milestones=[2]", "schedule.factors=[0.5]")
+BY_STEP = ("schedule.kind=cosine", "data.limit_train=20")
 LONG = ("schedule=onecycle", "schedule.epochs=2")
 
 #: (option, needs): what makes the option matter. Changing it alone gives other weights, and another run.
@@ -168,7 +169,7 @@ DECIDING = [
     ("schedule.epochs=1", STEPPED),
     ("schedule.milestones=[1]", STEPPED),
     ("schedule.factors=[0.1]", STEPPED),
-    ("schedule.interval=step", ("schedule.kind=cosine",)),
+    ("schedule.interval=step", BY_STEP),
     ("schedule.warmup=1", ()),
     ("schedule.initial=0.5", LONG),
     ("schedule.peak=0.6", LONG),
@@ -179,12 +180,12 @@ DECIDING = [
     ("trainer.max_epochs=1", ()),
     ("trainer.accumulate=2", ()),
     ("trainer.precision=bf16-mixed", ()),
-    ("data.batch_size=12", ()),
+    ("data.batch_size=12", ("data.limit_train=24",)),
     ("data.augment=crop_flip", ()),
     ("data.val_fraction=0.2", ()),
-    ("data.limit_train=16", ()),
+    ("data.limit_train=20", ()),
     ("data.seed=1", ()),
-    ("data.image_size=8", ()),
+    ("data.image_size=16", ()),
     ("model=cnn_small", ("model.widths=[4,4,8,8]",)),
     ("model.widths=[4,4,4,8]", ()),
     ("model.normalize=true", ()),
@@ -214,8 +215,8 @@ def test_changes_weights_and_identity(option: str, needs: tuple[str, ...]) -> No
 WATCHING = [
     ("validation.steps=2", ()),
     ("validation.step=0.5", ("validation.steps=4", "validation.step=0.25")),
-    ("validation.every=2", ("validation.steps=4", "validation.step=0.25")),
-    ("data.probe=20", ()),
+    ("validation.every=1", ("validation.steps=4", "validation.step=0.25")),
+    ("data.probe=20", ("data.limit_train=24", "data.batch_size=8")),
 ]
 
 
@@ -265,8 +266,8 @@ def test_where_the_images_lie_does_not_matter_but_what_they_show(tmp_path: Path)
     from tests.data import datafiles
 
     for place in ("here", "there"):
-        datafiles.folder(tmp_path / place, size=16)
-    datafiles.folder(tmp_path / "other", n=4, size=16)
+        datafiles.folder(tmp_path / place, size=8)
+    datafiles.folder(tmp_path / "other", n=4, size=8)
     found = {}
     for place in ("here", "there", "other"):
         cfg = resolved("data.source=folder", f"data.root={tmp_path / place}", "data.num_classes=2")
@@ -393,7 +394,7 @@ def test_clip_start() -> None:
 
 def first_step(*overrides: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights before and after one step of a net without BatchNorm."""
-    options = ("model=cnn_small", "data.limit_train=10", "data.batch_size=10", "trainer.max_epochs=1", *overrides)
+    options = ("model=cnn_small", "trainer.max_epochs=1", *overrides)
     before = build_module(composed(*options)).state_dict()
     return before, seen(*options).weights
 
@@ -453,22 +454,22 @@ SCHEDULES = [
 
 @pytest.mark.parametrize(("options", "factors"), SCHEDULES, ids=[" ".join(o) for o, _ in SCHEDULES])
 def test_learning_rate_of_each_epoch(options: list[str], factors: list[float]) -> None:
-    four = ["schedule.epochs=4", "trainer.max_epochs=4", "data.limit_train=10", "data.batch_size=10"]
+    four = ["schedule.epochs=4", "trainer.max_epochs=4"]
     found = seen(*four, "inner.steps=1", "inner.step=1", "optimizer.lr=0.2", *options)
     assert found.lrs == pytest.approx([0.2 * f for f in factors])
     assert found.metrics["lr"] == pytest.approx(0.2 * factors[-1])
 
 
 def test_interval_step_changes_the_rate_within_an_epoch() -> None:
-    by_epoch = seen("schedule.kind=cosine").lrs
-    by_step = seen("schedule.kind=cosine", "schedule.interval=step").lrs
+    by_epoch = seen(*BY_STEP).lrs
+    by_step = seen(*BY_STEP, "schedule.interval=step").lrs
     assert len(set(by_epoch)) == 2
-    assert len(set(by_step)) == 6
+    assert len(set(by_step)) == 4
 
 
 def test_ema_is_the_running_mean_of_the_weights() -> None:
     """One step: d * start + (1 - d) * live; with warm-up d = 1/10 after the first."""
-    options = ["data.limit_train=10", "data.batch_size=10", "trainer.max_epochs=1"]
+    options = ["trainer.max_epochs=1"]
     start = dict(build_module(composed(*options)).net.named_parameters())
     for more, d in ((["ema=wa"], 0.9995), (["ema=wa", "ema.decay=0.3"], 0.3), (["ema=wa", "ema.warmup=true"], 0.1)):
         found = seen(*options, *more)
@@ -512,7 +513,7 @@ def test_deterministic_reaches_torch() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-ONE_STEP = ("data.limit_train=10", "data.batch_size=10", "trainer.max_epochs=1")
+ONE_STEP = ("trainer.max_epochs=1",)
 
 
 def test_gradients_of_another_memory_format_step_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ comes from: of the command line, of each job of a sweep, in a worker of a launch
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from hydra._internal import config_loader_impl, hydra
+from hydra._internal import config_loader_impl, defaults_list, hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
+from hydra._internal.defaults_list import DefaultsList, Overrides, _create_interpolation_map, create_defaults_list
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
@@ -109,11 +109,13 @@ class Loader(ConfigLoaderImpl):
 
     def _load_configuration_impl(self, *arguments: Any, **options: Any) -> DictConfig:
         module: Any = config_loader_impl
+        lists: Any = defaults_list
         true, module.create_defaults_list = module.create_defaults_list, self._defaults_list
+        choices, lists._create_interpolation_map = lists._create_interpolation_map, _choices_if_asked_for
         try:
             return super()._load_configuration_impl(*arguments, **options)
         finally:
-            module.create_defaults_list = true
+            module.create_defaults_list, lists._create_interpolation_map = true, choices
 
     def _defaults_list(self, repo: Any, config_name: Any, overrides_list: list[Override], **options: Any) -> Any:
         """Hydra's list of the files to merge; an empty one where the same files were merged before."""
@@ -134,9 +136,9 @@ class Loader(ConfigLoaderImpl):
         """The merged files, before the command line's values are set."""
         merged = _MERGED.get(self._groups)
         if merged is None:
-            cfg = super()._compose_config_from_defaults_list(defaults, repo)
+            cfg = pickle.dumps(super()._compose_config_from_defaults_list(defaults, repo))
             merged = _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, cfg)
-        return copy.deepcopy(merged.config)  # whoever gets it changes it
+        return cast(DictConfig, pickle.loads(merged.config))  # whoever gets it changes it
 
     def _check_hydra(self, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
         values = {f"hydra.{key}": value for key, value in nodes(tree)}
@@ -212,8 +214,8 @@ class Files(ConfigRepository):
             return super().load_config(config_path)
         if state not in _READ:
             _check_anchors(state[1])
-            _READ[state] = super().load_config(config_path)
-        return copy.deepcopy(_READ[state])
+            _READ[state] = pickle.dumps(super().load_config(config_path))
+        return pickle.loads(_READ[state])
 
 
 @dataclass(frozen=True)
@@ -223,18 +225,24 @@ class Merged:
     Args:
         files: State of each config that was asked for, by name.
         choices: Option of each group.
-        config: The config, before the command line's values are set.
+        config: The config, before the command line's values are set; pickled, as copies are made faster so.
     """
 
     files: dict[str, Any]
     choices: dict[str, Any]
-    config: DictConfig
+    config: bytes
 
 
 #: By the options of groups.
 _MERGED: dict[str, Merged] = {}
-#: What the files hold, by their state.
-_READ: dict[tuple[str, Path, int, int], Any] = {}
+#: What the files hold, pickled, by their state.
+_READ: dict[tuple[str, Path, int, int], bytes] = {}
+
+
+def _choices_if_asked_for(overrides: Overrides, entries: list[Any], self_added: bool) -> DictConfig | None:
+    """Hydra's map of what was chosen, for files that refer to it: most do not, and to make it takes long."""
+    asked = any(entry.is_interpolation() for entry in entries)
+    return _create_interpolation_map(overrides, entries, self_added) if asked else None
 
 
 def _check_anchors(file: Path) -> None:

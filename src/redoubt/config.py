@@ -136,10 +136,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     from redoubt.explain import explain
 
     try:
-        missing = OmegaConf.missing_keys(cfg)
-        if missing:
-            raise UserError(f"{sorted(missing)[0]} is missing: give it on the command line")
-        tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        tree = _container(cfg)
     except OmegaConfBaseException as error:
         raise UserError(explain(error, _failing(cfg))) from error
     assert isinstance(tree, dict)
@@ -153,6 +150,16 @@ def resolve(cfg: DictConfig) -> DictConfig:
     resolved = OmegaConf.create(tree)
     OmegaConf.set_struct(resolved, True)
     return resolved
+
+
+def _container(cfg: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException:
+        missing = OmegaConf.missing_keys(cfg)
+        if missing:
+            raise UserError(f"{sorted(missing)[0]} is missing: give it on the command line") from None
+        raise
 
 
 def _failing(cfg: DictConfig, prefix: str = "") -> str | None:

@@ -37,7 +37,7 @@ Cell = Callable[..., DictConfig]
 CPU = torch.device("cpu")
 COUNT = 50  # images that are audited
 SMALL = (
-    "model=resnet_small", "model.widths=[8,8,16,16]", "data=digits", "data.image_size=8", "data.limit_train=900",
+    "model=cnn_small", "model.widths=[8,8,16,16]", "data=digits", "data.image_size=8", "data.limit_train=900",
     "data.limit_test=100", "trainer=cpu", "trainer.progress=false", "attack=fsr_suite",
     "attack.attacks.pgd100.steps=30", "attack.attacks.cw.steps=10", "data.probe=20",
 )  # fmt: skip
@@ -69,8 +69,8 @@ def outputs_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(outputs_of_all: Path) -> tuple[DictConfig, Any, Run]:
     """PGD-AT on real digits, enough of it that about half of the images stand at eps 0.1."""
-    overrides = [*SMALL, "trainer.max_epochs=4", "threat.eps=0.1", "inner.steps=3", "optimizer.lr=0.05",
-                 "schedule=onecycle", "data.batch_size=32", "natural.trainer.max_epochs=1",
+    overrides = [*SMALL, "trainer.max_epochs=5", "threat.eps=0.1", "inner.steps=1", "optimizer=adamw",
+                 "optimizer.lr=0.01", "schedule=onecycle", "data.batch_size=32", "natural.trainer.max_epochs=1",
                  f"paths.outputs={outputs_of_all}"]  # fmt: skip
     cfg = config.resolve(config.compose(overrides))
     data = build_data(cfg)
@@ -306,7 +306,7 @@ def test_files_and_the_mark_in_results(own: Any, redoubt_audit: Any, monkeypatch
     cfg, data, run = own
     before = running.evaluate_run(cfg, data, run)
     assert before["audited"] is False
-    redoubt_audit("audit.source=null", "audit.noise.draws=1")
+    redoubt_audit("audit.source=null", "audit.black_box.queries=1", "audit.noise.draws=1")
     assert stored_results(run, before)["audited"] is False, "an experiment marks nothing"
     monkeypatch.setattr(audits, "usual_audit", keys)
     report = redoubt_audit("natural.trainer.max_epochs=1")

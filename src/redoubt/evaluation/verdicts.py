@@ -412,7 +412,8 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """Global random numbers as if seeded inside, and as they were outside: libraries draw from them."""
     state, numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # torch's own function also writes down, for a GPU that may be used later, where it was called from.
+        (torch.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed)(seed)
         random.seed(seed)
         np.random.seed(seed)
         try:
