@@ -6,7 +6,7 @@ comes from: of the command line, of each job of a sweep, in a worker of a launch
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,9 +136,9 @@ class Loader(ConfigLoaderImpl):
         """The merged files, before the command line's values are set."""
         merged = _MERGED.get(self._groups)
         if merged is None:
-            cfg = pickle.dumps(super()._compose_config_from_defaults_list(defaults, repo))
+            cfg = super()._compose_config_from_defaults_list(defaults, repo)
             merged = _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, cfg)
-        return cast(DictConfig, pickle.loads(merged.config))  # whoever gets it changes it
+        return copy.deepcopy(merged.config)  # whoever gets it changes it
 
     def _check_hydra(self, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
         values = {f"hydra.{key}": value for key, value in nodes(tree)}
@@ -214,8 +214,8 @@ class Files(ConfigRepository):
             return super().load_config(config_path)
         if state not in _READ:
             _check_anchors(state[1])
-            _READ[state] = pickle.dumps(super().load_config(config_path))
-        return pickle.loads(_READ[state])
+            _READ[state] = super().load_config(config_path)
+        return copy.deepcopy(_READ[state])
 
 
 @dataclass(frozen=True)
@@ -225,18 +225,18 @@ class Merged:
     Args:
         files: State of each config that was asked for, by name.
         choices: Option of each group.
-        config: The config, before the command line's values are set; pickled, as copies are made faster so.
+        config: The config, before the command line's values are set.
     """
 
     files: dict[str, Any]
     choices: dict[str, Any]
-    config: bytes
+    config: DictConfig
 
 
 #: By the options of groups.
 _MERGED: dict[str, Merged] = {}
-#: What the files hold, pickled, by their state.
-_READ: dict[tuple[str, Path, int, int], bytes] = {}
+#: What the files hold, by their state.
+_READ: dict[tuple[str, Path, int, int], Any] = {}
 
 
 def _choices_if_asked_for(overrides: Overrides, entries: list[Any], self_added: bool) -> DictConfig | None:
