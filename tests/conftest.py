@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import omegaconf.base
@@ -28,7 +27,6 @@ from omegaconf import DictConfig, OmegaConf
 from tests.budget import pytest_runtest_call, pytest_runtest_setup  # noqa: F401
 
 from redoubt import cli, config
-from redoubt import composed as composing
 from redoubt.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,9 +39,6 @@ gc.set_threshold(20_000)
 
 # OmegaConf parses an interpolation each time that it is read. The trees are only looked at: one parse serves all tests.
 omegaconf.base.parse = functools.cache(omegaconf.grammar_parser.parse)  # type: ignore[attr-defined]
-
-# OmegaConf's deep copies take several times as long as pickling, which the program itself leaves alone.
-composing.copy = SimpleNamespace(deepcopy=lambda value: pickle.loads(pickle.dumps(value)))  # type: ignore[assignment]
 
 # Each Trainer looks through all installed packages for callbacks: once is enough.
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)  # type: ignore[assignment]

@@ -54,7 +54,7 @@ def test_workers(workers: int, shell: Shell, sources: None, monkeypatch: pytest.
     # what the workers did counts here: only the failed cell is left
     trained = trainings(monkeypatch)
     again = shell(*[w for w in grid if not w.startswith("hydra")])
-    assert (again.code, len(trained)) == (2, 1)
+    assert (again.code, len(trained)) == (2, 1), again.err
     assert "cell 3 of 3" not in ended.out
 
 
