@@ -108,7 +108,7 @@ def saved(run: Path) -> dict[str, torch.Tensor]:
 
 
 def stored(defense: str) -> dict[str, Any]:
-    """What was stored: {"machine": ..., "cells": {cell: numbers}}."""
+    """What was stored: {"machine": ..., "cells": {cell: numbers}}; a cell of another machine says so itself."""
     file = STORED / f"{defense}.json"
     return json.loads(file.read_text()) if file.exists() else {"machine": {}, "cells": {}}
 

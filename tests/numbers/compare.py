@@ -123,6 +123,7 @@ def store(only: str) -> int:
     failed = {name: result["failed"] for name, result in found.items() if "failed" in result}
     if failed:
         sys.exit("\n".join(f"{name}: {why}" for name, why in failed.items()))
+    changed = 0
     for defense in dict.fromkeys(name.partition(" ")[0] for name in wanted):
         before = stored(defense)
         if before["machine"] not in ({}, here):
@@ -131,13 +132,19 @@ def store(only: str) -> int:
         for _, cell, _ in (c for c in cells() if c[0] == defense):
             name, old = f"{defense} {cell}", before["cells"].get(cell)
             if name not in found:  # not asked for, or not to be had on this machine
-                kept |= {cell: old} if old else {}
+                by = old and old.get("machine", before["machine"])
+                kept |= {cell: old | ({"machine": by} if by != here else {})} if old else {}
                 continue
             kept[cell] = found[name]["numbers"]
             lines = ["new"] if old is None else list(moved(kept[cell], old, 1e-6, False))
-            print("\n".join(f"{name}: {line}" for line in lines), end="\n" if lines else "")
+            changed += bool(lines)
+            for line in lines:
+                print(f"{name}: {line}")
+        for cell in before["cells"].keys() - kept.keys():
+            print(f"{defense} {cell}: gone")
         text = json.dumps({"machine": here, "cells": kept}, indent=1)
         (STORED / f"{defense}.json").write_text(text + "\n")
+    print(f"{len(wanted)} cells stored, {changed} of them new or moved")
     return 0
 
 
