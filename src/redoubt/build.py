@@ -64,7 +64,7 @@ def build_module(cfg: DictConfig, defense: type[RobustModule] | None = None) -> 
     Raises:
         UserError: A value out of range, or a base that the defense is not defined with.
     """
-    tree = _plain(config.resolve(cfg))
+    tree = config.resolved(cfg)
     if defense is not None:
         tree["defense"]["_target_"] = defense
     with torch.random.fork_rng(devices=[]):

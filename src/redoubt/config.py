@@ -131,6 +131,17 @@ def resolve(cfg: DictConfig) -> DictConfig:
     """A copy with every interpolation resolved, fractions as floats and derived defaults filled in.
 
     Raises:
+        UserError: See `resolved`.
+    """
+    found = OmegaConf.create(resolved(cfg))
+    OmegaConf.set_struct(found, True)
+    return found
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """What `resolve` gives, as plain data.
+
+    Raises:
         UserError: A value is missing, an interpolation fails, or a value is none or out of its range.
     """
     from redoubt.explain import explain
@@ -147,9 +158,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     if tree["evaluation"]["weights"] is None:
         tree["evaluation"]["weights"] = "student" if tree["ema"]["decay"] is None else "ema"
     _agree(tree)
-    resolved = OmegaConf.create(tree)
-    OmegaConf.set_struct(resolved, True)
-    return resolved
+    return tree
 
 
 def _container(cfg: DictConfig) -> Any:

@@ -135,7 +135,7 @@ def test_autoattack_standard_is_pyautoattack_on_each_chunk(k, norm):
 def test_a_list_of_attacks_has_one_start_each(k):
     attack = AutoAttack(eps=EPS["linf"], version=["apgd-ce", "square"], queries=40)
     assert attack.cost == 1800.0
-    found, returned, images, labels, _ = judged(attack, k, n=8)
+    found, returned, images, labels, _ = judged(attack, k, n=6)
 
     def prepare(attack):
         attack.apgd.n_restarts, attack.square.n_queries = 1, 40
@@ -149,8 +149,8 @@ def test_a_list_of_attacks_has_one_start_each(k):
 
 @pytest.mark.parametrize("k", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_with_up_to_three_classes_standard_is_apgd_ce_and_square(k):
-    standard = judged(AutoAttack(eps=EPS["linf"], queries=60), k)
-    listed = judged(AutoAttack(eps=EPS["linf"], queries=60, version=["apgd-ce", "square"]), k)
+    standard = judged(AutoAttack(eps=EPS["linf"], queries=60), k, n=6)
+    listed = judged(AutoAttack(eps=EPS["linf"], queries=60, version=["apgd-ce", "square"]), k, n=6)
     np.testing.assert_array_equal(standard[0], listed[0])
     assert all(torch.equal(a, b) for a, b in zip(standard[1], listed[1], strict=True))
 
@@ -175,14 +175,14 @@ def test_attacks_that_three_classes_do_not_have_are_refused(version):
 def test_other_versions_run_within_the_ball(version, k):
     attack = AutoAttack(eps=EPS["linf"], version=version, queries=20)
     assert attack.needs_gradients is (version != "square")
-    found, returned, images, labels, _ = judged(attack, k, n=4)
+    found, returned, images, labels, _ = judged(attack, k, n=4, chunk=4)
     clean = (Net(k).logits(images.float() / 255).argmax(1) == labels).numpy()
     assert not (found & ~clean).any()
     assert (distances(torch.cat(returned), images.float() / 255, "linf") <= EPS["linf"] + 1e-6).all()
 
 
 def test_queries_are_square_s():
-    few, many = (judged(AutoAttack(eps=EPS["linf"], version="square", queries=q), n=24)[0] for q in (2, 400))
+    few, many = (judged(AutoAttack(eps=EPS["linf"], version="square", queries=q), n=24, chunk=24)[0] for q in (2, 400))
     assert many.sum() < few.sum()
 
 
@@ -203,7 +203,7 @@ def test_warnings_come_once_and_the_loggers_are_restored(caplog, monkeypatch):
     before = theirs.propagate, theirs.level, list(theirs.handlers)
     with caplog.at_level(logging.DEBUG):
         for _ in range(2):
-            judged(AutoAttack(eps=EPS["linf"], version="apgd-dlr"))
+            judged(AutoAttack(eps=EPS["linf"], version="apgd-dlr"), n=4, chunk=2)
     said = [r for r in caplog.records if "gradient" in r.getMessage()]
     assert len(said) == 1, [r.getMessage() for r in caplog.records]
     assert said[0].name == "redoubt"
@@ -463,7 +463,7 @@ def test_nobody_s_random_numbers_are_touched(attack):
     np.random.seed(1)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     net = Net()
-    images, labels = pictures(net, 4)
+    images, labels = pictures(net, 3)
     modes = net.training, net.conv.training
     torch.set_rng_state(before[0])
     Judge(net, Suite(attacks={"a": attack}, eps=0.02), chunk=3, seed=0, device=CPU, progress=False)(images, labels)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 import re
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from omegaconf import OmegaConf
 from scipy import stats
 from tests import conftest
 
@@ -29,26 +27,12 @@ WIDTHS = "model.widths=[4,4,8,8]"
 SGD = ("optimizer.lr=0.1", "optimizer.momentum=0.9", "optimizer.weight_decay=5e-3")
 
 
-AXES = ("model", "base", "defense", "optimizer")
-
-
-@functools.cache
-def composed(*axes):
-    return conftest.composed(
-        "data=digits", "schedule=constant", "trainer=cpu", "threat.eps=8/255", "inner.steps=2", *axes
-    )
-
-
 def build(*overrides, defense="cure", model="resnet_small", sgd=SGD):
-    """A module in training mode, in float64, so that no sign and no rank is a matter of rounding.
-
-    Only the axes are composed anew; numbers are put into what they gave.
-    """
-    axes = [o for o in overrides if o.partition("=")[0] in AXES]
-    cfg = copy.deepcopy(composed(f"defense={defense}", f"model={model}", *axes))
-    for override in (WIDTHS, *sgd, *overrides):
-        if override not in axes:
-            OmegaConf.update(cfg, *conftest.parsed(override))
+    """A module in training mode, in float64, so that no sign and no rank is a matter of rounding."""
+    cfg = conftest.composed(
+        "data=digits", "schedule=constant", "trainer=cpu", "threat.eps=8/255", "inner.steps=2",
+        f"defense={defense}", f"model={model}", WIDTHS, *sgd, *overrides,
+    )  # fmt: skip
     return build_module(cfg).double().train()
 
 

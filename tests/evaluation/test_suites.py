@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
 from tests import conftest
 
 from redoubt import config
@@ -19,7 +16,6 @@ from redoubt.attacks.base import Draws
 from redoubt.attacks.corruptions import GROUPS, KINDS
 from redoubt.errors import UserError
 from redoubt.evaluation.suite import suite
-from redoubt.runs.identity import plain
 
 pytest.importorskip("pyautoattack")
 pytest.importorskip("torchattacks")
@@ -30,21 +26,8 @@ NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
 @functools.cache
-def composed(*groups):
-    return conftest.composed(*groups)
-
-
-@functools.cache
 def built(name, *options):
-    """The suite as the command line composes it: groups first, then values, here without reading all files again."""
-    groups = [o for o in options if o.startswith("threat=")]
-    cfg = copy.deepcopy(composed(f"attack={name}", *groups))
-    for option in options:
-        if option not in groups:
-            parsed = OverridesParser.create().parse_override(option)
-            assert OmegaConf.select(cfg, parsed.key_or_group, default="") != "", option
-            OmegaConf.update(cfg, parsed.key_or_group, parsed.value(), merge=False)
-    return suite(plain(config.resolve(cfg).attack))
+    return suite(config.resolved(conftest.composed(f"attack={name}", *options))["attack"])
 
 
 #: (names in the order of the table, ensemble, stochastic, names on the source)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import pickle
 import shutil
 import subprocess
 import urllib.request
@@ -80,8 +80,8 @@ def finished(shell: Shell, shelf: Path) -> Run:
 
 
 @functools.cache
-def composed(command: str, groups: tuple[str, ...]) -> DictConfig:
-    return config.compose(groups, command)
+def composed(command: str, groups: tuple[str, ...]) -> bytes:
+    return pickle.dumps(config.compose(groups, command))
 
 
 class Values:
@@ -102,7 +102,7 @@ class Values:
 
     def composed(self, command: str, words: tuple[str, ...]) -> DictConfig:
         once = tuple(word for word in words if word in SMALL or word.split("=")[0] in GROUPS)
-        cfg = copy.deepcopy(composed(command, once))
+        cfg: DictConfig = pickle.loads(composed(command, once))
         for word in words:
             if word not in once:
                 OmegaConf.update(cfg, *parsed(word), merge=False)
