@@ -113,6 +113,7 @@ def test_first_tour(demo: Path) -> None:
     assert 0.1 < largest <= eps
 
 
+@pytest.mark.slow
 def test_compare_runs_from_its_own_folder(demo: Path) -> None:
     done = run(read("compare_runs"), demo / "notebooks")
     assert pictures(done) == 1

@@ -101,7 +101,7 @@ def test_a_replaced_feature_layer_is_called(cls):
     assert torch.equal(after[0], after[1])
 
 
-@pytest.mark.parametrize("cls", [ResNetSmall, VGG16])
+@pytest.mark.parametrize("cls", [pytest.param(ResNetSmall, marks=pytest.mark.slow), VGG16])
 def test_compiles_to_one_graph(cls):
     """`compile=true`: no graph break, same logits."""
     net, x = build(cls), torch.rand(2, 3, 32, 32)

@@ -106,6 +106,7 @@ def test_bad_names(build, says):
     assert str(error.value).startswith("model.name=")
 
 
+@pytest.mark.slow  # a net of our own: test_backbones.py
 def test_compiles_to_one_graph():
     net, x = (
         TorchVision(name="shufflenet_v2_x0_5", num_classes=7, image_size=32).eval(),

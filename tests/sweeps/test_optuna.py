@@ -104,6 +104,7 @@ def test_a_killed_worker_and_two_that_share(shell: Shell) -> None:
     assert len({t.user_attrs["cell"] for t in counted}) == len(Store("outputs").list()) == 4
 
 
+@pytest.mark.slow
 def test_a_bad_trial_is_ended_early(shell: Shell) -> None:
     """By the median pruner, on a column whose values are known: the learning rate."""
     ended = shell(
