@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
-
-from tests.processes import QUIET
-
-os.environ.update(QUIET)  # as its forks have them: rich reads COLUMNS when it is imported
 
 import hydra.main  # noqa: F401
 import lightning.pytorch  # noqa: F401
@@ -22,6 +17,9 @@ import redoubt.runs.commands
 
 torch.set_num_threads(1)
 redoubt.cli.build_module(redoubt.config.compose(["model=resnet_small"]))  # imports what is imported late
+for attack in ("none", "fgsm", "pgd20"):  # what most forks compose
+    for trainer in ("cpu", "ddp_cpu"):
+        redoubt.config.compose(["model=cnn_small", "data=digits", f"attack={attack}", f"trainer={trainer}"])
 
 # A fork has none of the threads of the process that it was made of, but the locks that they held.
 _tasks = Path("/proc/self/task")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 def warm_up() -> None:
     """Start the server, which imports torch while the caller goes on."""
-    with chdir(ROOT):
+    with chdir(ROOT), mock.patch.dict(os.environ, QUIET):  # more threads would be there before the first fork
         multiprocessing.forkserver.ensure_running()
 
 

@@ -22,6 +22,7 @@ from hydra._internal.defaults_list import DefaultsList, Overrides, _create_inter
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
@@ -122,23 +123,32 @@ class Loader(ConfigLoaderImpl):
         chosen = Overrides(repo, overrides_list)
         sources = [(source.provider, source.path) for source in repo.get_sources()]
         groups = (chosen.override_choices, chosen.append_group_defaults, chosen.deletions)
-        self._groups = repr((sources, config_name, options, groups))
+        self._groups: str | None = repr((sources, config_name, groups))
         merged = _MERGED.get(self._groups)
         if merged is not None and all(repo.delegate.state(name) == state for name, state in merged.files.items()):
             chosen.known_choices = dict(merged.choices)
             return DefaultsList([], cast(Any, None), chosen.config_overrides, chosen)
         _MERGED.pop(self._groups, None)
-        found = create_defaults_list(repo, config_name, overrides_list, **options)
+        skips = options.pop("skip_missing")  # as Hydra does where it only looks which mode is asked for: then once more
+        try:
+            found = create_defaults_list(repo, config_name, overrides_list, **options, skip_missing=False)
+        except ConfigCompositionException:
+            if not skips:
+                raise
+            self._groups = None
+            return create_defaults_list(repo, config_name, overrides_list, **options, skip_missing=True)
         self._choices = dict(found.overrides.known_choices)
         return found
 
     def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
         """The merged files, before the command line's values are set."""
         merged = _MERGED.get(self._groups)
-        if merged is None:
-            cfg = super()._compose_config_from_defaults_list(defaults, repo)
-            merged = _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, cfg)
-        return copy.deepcopy(merged.config)  # whoever gets it changes it
+        if merged is not None:
+            return copy.deepcopy(merged.config)  # whoever gets it changes it
+        cfg = super()._compose_config_from_defaults_list(defaults, repo)
+        if self._groups is not None:
+            _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, copy.deepcopy(cfg))
+        return cfg
 
     def _check_hydra(self, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
         values = {f"hydra.{key}": value for key, value in nodes(tree)}
@@ -234,7 +244,7 @@ class Merged:
 
 
 #: By the options of groups.
-_MERGED: dict[str, Merged] = {}
+_MERGED: dict[str | None, Merged] = {}
 #: What the files hold, by their state.
 _READ: dict[tuple[str, Path, int, int], Any] = {}
 
