@@ -184,6 +184,7 @@ def test_keys(tmp_path: Path) -> None:
     assert (read(["compile=false"], ours.CELLS).compile, read(["compile=true"], ours.CELLS).compile) == (None, "true")
 
 
+@pytest.mark.slow
 def test_the_parts(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part that starts no process, on a tiny net."""
     from benchmarks import bench, libraries, loading, suites

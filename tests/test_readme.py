@@ -9,6 +9,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,7 +173,12 @@ def test_exporting_runs(shell: Shell, store: str, line: Line) -> None:
     assert shell("export", f"run={store}", "to=model.pt2").code == 0
 
 
-@pytest.mark.parametrize("line", of("report"), ids=ids)
+def reports() -> list[Any]:
+    """All figures: reporting/test_plots.py."""
+    return [pytest.param(line, marks=[pytest.mark.slow] * ("plot" in line.words)) for line in of("report")]
+
+
+@pytest.mark.parametrize("line", reports(), ids=ids)
 def test_reporting_runs(shell: Shell, store: str, line: Line) -> None:
     Sweep(Path("outputs/sweeps/one")).add([["seed=0"]])
     assert shell("report", *own_words(line)).code == 0

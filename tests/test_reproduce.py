@@ -220,6 +220,7 @@ def verdicts(run: Run) -> dict[str, dict[str, list[bool]]]:
     }
 
 
+@pytest.mark.slow
 def test_in_pieces_on_two_folders_as_in_one(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, ticks: Callable[[float], None]
 ) -> None:

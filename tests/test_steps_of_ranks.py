@@ -46,7 +46,7 @@ OPTIONS = (
 
 def build(*overrides: str, model: str) -> RobustModule:
     """In float64, where no sign of a gradient is a matter of rounding."""
-    small = ["model.widths=[4,4,8,8]", "data=digits", "data.image_size=16", "inner.steps=2", "inner.step=0.5"]
+    small = ["model.widths=[4,4,8,8]", "data=digits", "data.image_size=8", "inner.steps=2", "inner.step=0.5"]
     if "base=standard" in overrides:
         small = small[:-2]
     if "defense=cure" in overrides:
@@ -68,7 +68,7 @@ def freeze(module: RobustModule) -> RobustModule:
 
 def images(rows: int, seed: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return torch.rand(rows, 3, 16, 16, generator=g, dtype=torch.float64), torch.randint(10, (rows,), generator=g)
+    return torch.rand(rows, 3, 8, 8, generator=g, dtype=torch.float64), torch.randint(10, (rows,), generator=g)
 
 
 def steps(module: RobustModule, rank: int, world: int) -> dict[str, Tensor]:
