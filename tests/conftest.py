@@ -191,7 +191,8 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     """``redoubt ...`` in this process, in an empty folder."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(config, "search_path", [])
+    for name, value in (("search_path", []), ("chosen", []), ("root", "train")):  # what an earlier command has left
+        monkeypatch.setattr(config, name, value)
     quiet = logging.NullHandler()  # a root handler: the program's log lines stay out of what is captured
     logging.getLogger().addHandler(quiet)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
