@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import refused
 
 import redoubt
 from redoubt.errors import UserError
 from redoubt.runs import Run, Store
 from redoubt.runs import store as module
-from redoubt.runs.store import SHORT, readable_name
+from redoubt.runs.store import readable_name
 
 AXES = {"model": "resnet18", "defense": "fsr", "base": "trades", "data": "svhn", "attack": "fsr_suite"}
 
@@ -307,18 +306,3 @@ def test_the_store_imports_neither_torch_nor_lightning() -> None:
         "assert not {'torch', 'lightning', 'hydra', 'omegaconf'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=ENVIRONMENT)
-
-
-@pytest.mark.parametrize("length", [SHORT, SHORT + 1, 200_000])
-@pytest.mark.parametrize("piece", ["[", "{", "- ", "? ", "a: {"])
-def test_a_config_without_end_is_none(run: Run, piece: str, length: int) -> None:
-    """Neither loader overflows: the short text goes to libyaml's, the longer ones to Python's."""
-    run.config_file.write_text((piece * length)[:length])
-    assert not run.whole
-    refused(run.config, "holds no readable config")
-
-
-def test_both_loaders_read_the_same(run: Run) -> None:
-    short = run.config()
-    run.config_file.write_text(run.config_file.read_text() + "#" * SHORT)
-    assert run.config() == short

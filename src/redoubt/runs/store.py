@@ -28,10 +28,6 @@ log = logging.getLogger(__name__)
 
 STATES = ("created", "running", "done", "failed", "interrupted")
 FIELDS = ("state", "reason", "pid", "host", "started", "ended", "train_seconds", "epoch", "max_epochs")
-#: libyaml, where PyYAML has it, reads a config in an eighth of the time. What is nested too deeply overflows its stack,
-#: where Python's own loader raises: it is given no text that is long enough for that.
-_Quick: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-SHORT = 8192
 #: A folder that is being removed; it is no run any more, and what a killed removal left is found by it.
 REMOVED = ".removed-"
 
@@ -116,8 +112,7 @@ class Run:
 
     def _stored(self) -> dict[str, Any] | None:
         try:
-            text = self.config_file.read_text(encoding="utf-8")
-            value = (_Quick if len(text) <= SHORT else yaml.SafeLoader)(text).get_single_data()
+            value = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return None
         return value if isinstance(value, dict) else None
