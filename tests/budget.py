@@ -1,7 +1,8 @@
 """How much processor time an unmarked test may take: above ``LIMIT`` it is warned of, at three times that it fails.
 
-Counted are the test's own process, forks of `tests.processes`, and fresh processes but for what Python takes to import
-torch in each. Machines differ: the limit is scaled by how long a fixed piece of work takes here.
+Counted are the test's own process, forks of `tests.processes`, and fresh processes but for what Python may take to
+import torch in each; from the start of its fixtures to its own end. Machines differ: the limit is scaled by how long a
+fixed piece of work takes here.
 """
 
 from __future__ import annotations
@@ -46,18 +47,24 @@ def scale() -> float:
     return max(1.0, min(_work() for _ in range(3)) / REFERENCE)
 
 
-def spent() -> float:
-    """Seconds of processor time since this process began, with what it started and has waited for."""
+def spent() -> tuple[float, float, float]:
+    """Seconds of processor time so far of this process, of forks and of fresh processes that have ended."""
     own, fresh = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    forks = sys.modules.get("tests.processes")
-    rest = forks.processor_time() if forks is not None else 0.0
-    return own.ru_utime + own.ru_stime + fresh.ru_utime + fresh.ru_stime + float(rest)
+    server = sys.modules.get("tests.processes")
+    forks = server.processor_time() if server is not None else 0.0
+    return own.ru_utime + own.ru_stime, float(forks), fresh.ru_utime + fresh.ru_stime
 
 
-def judge(seconds: float, fresh: int) -> tuple[bool, str] | None:
-    """Whether a test that took so long fails, and why; None where it is within its limit."""
+def judge(own: float, forks: float, fresh: float, by_forks: int = 0, started: int = 0) -> tuple[bool, str] | None:
+    """Whether a test that took so long fails, and why; None where it is within its limit.
+
+    Args:
+        own, forks, fresh: See `spent`.
+        by_forks, started: How many fresh processes of Python the forks and the test itself have started.
+    """
     factor = scale()
-    seconds -= fresh * IMPORTS * factor
+    imports = IMPORTS * factor
+    seconds = own + max(0.0, forks - by_forks * imports) + max(0.0, fresh - started * imports)
     if seconds <= LIMIT * factor:
         return None
     why = (
@@ -79,7 +86,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     if item.get_closest_marker("slow") is None:
         began, started = item.stash[_BEGAN]
         by_forks = sum(mark.args[0] for mark in item.iter_markers("imports"))
-        found = judge(spent() - began, _started[0] - started + by_forks)
+        seconds = [now - then for now, then in zip(spent(), began, strict=True)]
+        found = judge(*seconds, by_forks=by_forks, started=_started[0] - started)
         if found is not None:
             fails, why = found
             if fails:
@@ -88,4 +96,4 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     return result
 
 
-_BEGAN = pytest.StashKey[tuple[float, int]]()
+_BEGAN = pytest.StashKey[tuple[tuple[float, float, float], int]]()

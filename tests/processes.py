@@ -42,7 +42,7 @@ def warm_up() -> None:
 def fork(function: Callable[..., object], *arguments: Any) -> BaseProcess:
     """Start ``function(*arguments)`` in a fork of the server; both must be importable or picklable."""
     warm_up()
-    process = CONTEXT.Process(target=function, args=arguments)
+    process = CONTEXT.Process(target=function, args=arguments, daemon=True)  # nobody waits for one that is left behind
     process.start()
     return process
 
@@ -137,6 +137,7 @@ def redoubt(cwd: Path, *argv: str, seconds: float = 120, **env: str) -> Command:
 
 
 def _command(argv: tuple[str, ...], cwd: Path, env: dict[str, str], out: Path, err: Path, before: str) -> None:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may start some, too
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

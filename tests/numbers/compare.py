@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def chosen(only: str) -> dict[str, list[str]]:
     """Words of the command line by ``defense cell``, of the cells that this machine can run."""
     found = {f"{d} {c}": words(d, c) for d, c, _ in cells() if runs_here(c)}
-    return {name: argv for name, argv in found.items() if only in name}
+    found = {name: argv for name, argv in found.items() if only in name}
+    if not found:
+        sys.exit(f"CELLS={only}: no cell's name holds this; they are {', '.join(f'{d} {c}' for d, c, _ in cells())}")
+    return found
 
 
 def results(trees: dict[str, Path], wanted: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
@@ -41,12 +45,16 @@ def results(trees: dict[str, Path], wanted: dict[str, list[str]]) -> dict[str, d
             json.dump({"cells": wanted, "to": str(Path(folder) / f"{name}.pt")}, process.stdin)
             process.stdin.close()
             begun[name] = process
-        for name, process in begun.items():
-            assert process.stdout is not None
-            for _ in progress.track(process.stdout, total=len(wanted), description=name):
-                pass
-            if process.wait() != 0:
-                sys.exit(f"{name}: the cells could not be run:\n{(Path(folder) / f'{name}.err').read_text()}")
+        try:
+            for name, process in begun.items():
+                assert process.stdout is not None
+                for _ in progress.track(process.stdout, total=len(wanted), description=name):
+                    pass
+                if process.wait() != 0:
+                    sys.exit(f"{name}: the cells could not be run:\n{(Path(folder) / f'{name}.err').read_text()}")
+        finally:
+            for process in begun.values():
+                process.kill()
         return {name: torch.load(Path(folder) / f"{name}.pt", weights_only=True) for name in trees}
 
 
@@ -68,37 +76,36 @@ def worktree(commit: str) -> Iterator[Path]:
 def difference(now: dict[str, Any], before: dict[str, Any]) -> str | None:
     """The first difference between what two commits make of a cell, in the order in which a run comes to it."""
     if "failed" in now or "failed" in before:
-        one, other = now.get("failed"), before.get("failed")
-        return None if one == other else f"now: {one or 'passes'}; before: {other or 'passes'}"
+        return f"now: {now.get('failed', 'passes')}; before: {before.get('failed', 'passes')}"
     for (name, new), (other, old) in zip(now["steps"], before["steps"], strict=False):
         if name != other:
             return f"{name} where {other} was"
-        if found := _tensor(new, old):
+        if found := tensor_difference(new, old):
             return f"{name}, {found}"
     if len(now["steps"]) != len(before["steps"]):
         return f"{len(now['steps'])} steps where {len(before['steps'])} were"
     if found := next(moved(now["numbers"], before["numbers"], 0.0, False), None):
         return found
     for place in ("checkpoint", "verdicts"):
-        if found := _tensor(now[place], before[place]):
+        if found := tensor_difference(now[place], before[place]):
             return f"{place}, {found}"
     return None if now["run"] == before["run"] else f"run {now['run']} where {before['run']} was"
 
 
-def _tensor(now: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> str | None:
+def tensor_difference(now: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> str | None:
+    """The first of some named tensors that differs in a bit, as a line."""
     for name in dict.fromkeys([*before, *now]):
         new, old = now.get(name), before.get(name)
         if new is None or old is None:
             return f"{name} is {'gone' if new is None else 'new'}"
         if new.shape != old.shape or new.dtype != old.dtype:
             return f"{name}: {new.dtype} {list(new.shape)} where {old.dtype} {list(old.shape)} was"
-        if not torch.equal(new, old) and not torch.equal(new.nan_to_num(), old.nan_to_num()):
-            return f"{name}: {int((new != old).sum())} of {new.numel()} differ, {_gap(new, old):.3g} at most"
+        bits = [t.contiguous().reshape(-1, 1).view(torch.uint8) for t in (new, old)]
+        differ = int((bits[0] != bits[1]).any(dim=1).sum())
+        if differ:
+            gap = (new.double() - old.double()).abs().max()
+            return f"{name}: {differ} of {new.numel()} differ, {float(gap):.3g} at most"
     return None
-
-
-def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
 
 
 def compare(base: str, only: str) -> int:
@@ -153,6 +160,8 @@ def main() -> None:
     parser.add_argument("base", nargs="?", help="the commit to compare with; none: store the numbers")
     parser.add_argument("--only", default="", help="cells whose name holds this, as 'fsr trades'")
     given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the worktree is removed, and nothing is left running
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     sys.exit(compare(given.base, given.only) if given.base else store(given.only))
 
 
