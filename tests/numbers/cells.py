@@ -93,12 +93,16 @@ def folder_of(out: str, where: Path) -> Path:
     return where / re.findall(r"^run: (.*)$", out, re.M)[-1]
 
 
+def rows(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv, but for what depends on the clock."""
+    with (run / "metrics.csv").open() as file:
+        return [{k: float(v) for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
 def numbers(run: Path) -> dict[str, Any]:
     """The rows of a run's metrics.csv and the accuracies of its one evaluation."""
-    with (run / "metrics.csv").open() as file:
-        rows = [{k: float(v) for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
     (results,) = (json.loads(file.read_text()) for file in run.glob("eval/*/results.json"))
-    return {"steps": rows, "evaluation": {name: found["accuracy"] for name, found in results["metrics"].items()}}
+    return {"steps": rows(run), "evaluation": {name: found["accuracy"] for name, found in results["metrics"].items()}}
 
 
 def tensors(tree: Any, name: str = "") -> dict[str, torch.Tensor]:

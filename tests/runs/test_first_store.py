@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import Shell
 from tests.data.make_store import AUDIT, EVALUATION, EXPORT, SWEEP, TRAIN, UNFINISHED, digest, runs
-from tests.numbers.cells import machine
+from tests.numbers.cells import machine, rows
 from tests.test_ddp import launched
 
 import redoubt
@@ -43,12 +42,7 @@ def run_named(folder: Path, begin: str) -> Path:
 
 def contents(folders: Iterable[Path]) -> dict[Path, bytes]:
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    return {file: file.read_bytes() for file in files if file.suffix != ".lock" and file.name != ".lock"}
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    with (run / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+    return {file: file.read_bytes() for file in files if not file.name.endswith(".lock")}
 
 
 def test_every_command_is_answered(old: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
