@@ -5,13 +5,13 @@ torch is imported where it is needed: the process that only hands the tests out 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import hashlib
 import importlib.metadata
 import logging
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from tests.budget import pytest_runtest_call, pytest_runtest_setup  # noqa: F401
 
 from redoubt import cli, config
+from redoubt.composed import copied
 from redoubt.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 # Composing makes many small objects: to search them for cycles ever so often takes a tenth of the time.
 gc.set_threshold(20_000)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection looks through it again."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # some libraries count at the end what is left
+
 
 # OmegaConf parses an interpolation each time that it is read. The trees are only looked at: one parse serves all tests.
 omegaconf.base.parse = functools.cache(omegaconf.grammar_parser.parse)  # type: ignore[attr-defined]
@@ -47,8 +56,8 @@ CONF = Path(config.config_dir())
 
 
 @functools.cache
-def _grouped(groups: tuple[str, ...], command: str) -> bytes:
-    return pickle.dumps(config.compose(groups, command))
+def _grouped(groups: tuple[str, ...], command: str) -> DictConfig:
+    return config.compose(groups, command)
 
 
 @functools.cache
@@ -64,7 +73,7 @@ def composed(*overrides: str, command: str = "train") -> DictConfig:
     Hydra itself is asked where a key is not there, or is null.
     """
     groups = tuple(o for o in overrides if "." not in o.split("=")[0] and (CONF / o.split("=")[0]).is_dir())
-    cfg: DictConfig = pickle.loads(_grouped(groups, command))
+    cfg: DictConfig = copied(_grouped(groups, command))
     for override in overrides:
         if override not in groups:
             key, value = parsed(override)

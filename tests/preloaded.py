@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 
@@ -20,6 +21,8 @@ redoubt.cli.build_module(redoubt.config.compose(["model=resnet_small"]))  # impo
 for attack in ("none", "fgsm", "pgd20"):  # what most forks compose
     for trainer in ("cpu", "ddp_cpu"):
         redoubt.config.compose(["model=cnn_small", "data=digits", f"attack={attack}", f"trainer={trainer}"])
+
+gc.freeze()  # what is here stays: no fork's collection looks through it, or copies its pages
 
 # A fork has none of the threads of the process that it was made of, but the locks that they held.
 _tasks = Path("/proc/self/task")

@@ -66,6 +66,7 @@ def columns(out: str) -> list[str]:
     return re.findall(r"\w+ \+ \w+(?=\s*┃)", out)
 
 
+@pytest.mark.slow
 def test_shim_trains_the_demo_in_a_process_of_its_own(demo: tuple[Path, subprocess.Popen[str]]) -> None:
     """A table with the plain net beside it, and the folder."""
     where, process = demo

@@ -127,7 +127,7 @@ def locate(target: Any, key: str, folders: Iterable[str]) -> Any:
     _check_name(target, key, allowed)
     from hydra.utils import get_object  # the run store needs this module without Hydra
 
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises
+    logging.getLogger("hydra.utils").disabled = True  # it logs what it raises
     try:
         found = get_object(target)
     except Exception as error:  # whatever the import of a user's module raises

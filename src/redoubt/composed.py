@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from redoubt.allowed import DEEPEST, check, listed, locate, nodes
@@ -144,10 +144,10 @@ class Loader(ConfigLoaderImpl):
         """The merged files, before the command line's values are set."""
         merged = _MERGED.get(self._groups)
         if merged is not None:
-            return copy.deepcopy(merged.config)  # whoever gets it changes it
+            return copied(merged.config)  # whoever gets it changes it
         cfg = super()._compose_config_from_defaults_list(defaults, repo)
         if self._groups is not None:
-            _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, copy.deepcopy(cfg))
+            _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, copied(cfg))
         return cfg
 
     def _check_hydra(self, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -200,6 +200,12 @@ class Files(ConfigRepository):
         super().__init__(config_search_path)
         self.asked: dict[str, Any] = {}
 
+    def __deepcopy__(self, memo: Any) -> Files:
+        """Hydra's copy for one config, which it may give another list of folders; the folders never change."""
+        other = copy.copy(self)
+        other.asked = {}
+        return other
+
     def state(self, config_path: str) -> Any:
         """What tells whether a config is the same as before: its provider, file, time of change and size."""
         source = self._find_object_source(config_path, ObjectType.CONFIG)
@@ -225,7 +231,10 @@ class Files(ConfigRepository):
         if state not in _READ:
             _check_anchors(state[1])
             _READ[state] = super().load_config(config_path)
-        return copy.deepcopy(_READ[state])
+        read = _READ[state]
+        return replace(
+            read, config=copied(read.config), header=dict(read.header), defaults_list=copy.deepcopy(read.defaults_list)
+        )
 
 
 @dataclass(frozen=True)
@@ -253,6 +262,23 @@ def _choices_if_asked_for(overrides: Overrides, entries: list[Any], self_added: 
     """Hydra's map of what was chosen, for files that refer to it: most do not, and to make it takes long."""
     asked = any(entry.is_interpolation() for entry in entries)
     return _create_interpolation_map(overrides, entries, self_added) if asked else None
+
+
+def copied(node: Any, parent: Any = None) -> Any:
+    """A deep copy of a config and the same as OmegaConf's own, which takes most of the time that composing takes."""
+    new = object.__new__(type(node))
+    new.__dict__.update(node.__dict__, _parent=parent, _flags_cache=None)
+    metadata = new.__dict__["_metadata"] = object.__new__(type(node._metadata))
+    metadata.__dict__.update(node._metadata.__dict__, flags=dict(node._metadata.flags or {}))
+    metadata.resolver_cache = copy.deepcopy(metadata.resolver_cache)
+    content = node.__dict__.get("_content")
+    if isinstance(content, dict):
+        new.__dict__["_content"] = {key: copied(value, new) for key, value in content.items()}
+    elif isinstance(content, list):
+        new.__dict__["_content"] = [copied(value, new) for value in content]
+    elif isinstance(content, Node):
+        new.__dict__["_content"] = copied(content, new)
+    return new
 
 
 def _check_anchors(file: Path) -> None:

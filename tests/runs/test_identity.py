@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +181,10 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "numpy",
     }
     assert "canary" not in json.dumps(record)
+    head = module.subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert record["git"] is None or record["git"]["commit"] == head.stdout.strip()
 
     def no_git(*args: Any, **kwargs: Any) -> None:
         raise FileNotFoundError("git")

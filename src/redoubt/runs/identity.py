@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -168,12 +169,6 @@ def leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def environment(devices: Iterable[str] = ()) -> dict[str, Any]:
     """Versions, git state and devices; no environment variable, no path, no command line."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "redoubt": redoubt.__version__,
         "numerics": redoubt.NUMERICS,
@@ -181,22 +176,32 @@ def environment(devices: Iterable[str] = ()) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "devices": list(devices),
-        "versions": versions,
+        "versions": dict(_versions()),
         "git": _git(Path(redoubt.__file__).parent),
     }
+
+
+@functools.cache
+def _versions() -> Mapping[str, str | None]:
+    """Of each package; None where it is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 def _git(source: Path) -> dict[str, Any] | None:
     """Commit of the code that runs, and whether it was changed; None for an installed package."""
     if "site-packages" in source.parts:  # a repository around it would be somebody else's
         return None
+    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--no-ahead-behind"]
     try:
-        commit = _ask_git(source, "rev-parse", "HEAD").strip()
-        return {"commit": commit, "dirty": bool(_ask_git(source, "status", "--porcelain"))}
+        said = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _ask_git(folder: Path, *arguments: str) -> str:
-    command = ["git", "--no-optional-locks", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout
+    lines = said.splitlines()
+    commit = next(line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid "))
+    return {"commit": commit, "dirty": any(not line.startswith("# ") for line in lines)}

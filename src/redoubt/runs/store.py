@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import logging
 import os
 import re
@@ -36,6 +38,12 @@ def readable_name(axes: Mapping[str, Any], seed: int) -> str:
     """``fsr-trades-resnet18-svhn-s0``: the cell of the grid as a name for people and file systems."""
     parts = [re.sub(r"[^\w.+]+", "_", str(axes[axis])) for axis in ("defense", "base", "model", "data")]
     return "-".join([*parts, f"s{seed}"])
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded(text: str) -> Any:
+    """A config's text as data; a command asks for the same few often, and YAML is slow to read."""
+    return yaml.safe_load(text)
 
 
 def reason(error: UserError, wanted: str) -> str:
@@ -112,7 +120,7 @@ class Run:
 
     def _stored(self) -> dict[str, Any] | None:
         try:
-            value = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+            value = copy.deepcopy(_loaded(self.config_file.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return None
         return value if isinstance(value, dict) else None
