@@ -49,14 +49,18 @@ def verdicts(run: Run) -> bytes:
     return found.read_bytes()
 
 
-@pytest.mark.imports(1)
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Without BatchNorm: weights to 1e-6, the same verdicts, the same row of metrics."""
+@pytest.mark.parametrize("by", ["torchrun", pytest.param("itself", marks=pytest.mark.slow)])
+def test_two_processes_equal_one(tmp_path: Path, by: str) -> None:
+    """Without BatchNorm: weights to 1e-6, the same verdicts, the same row of metrics.
+
+    A command that starts its second process itself waits for that one's imports.
+    """
     own, env = of_own(tmp_path)
     folder = tmp_path / "two"
-    begun = start(folder, "train", *own, "defense=told", *TWO, *ATTACK, **env)  # its second process imports torch
-    one = redoubt(tmp_path, "train", *own, "defense=told", *TWO, *ATTACK, "trainer=cpu", **env).good()
-    two = begun.end().good()
+    command = ("train", *own, "defense=told", *TWO, *ATTACK)
+    begun = [start(folder, *command, **env)] if by == "itself" else launched(folder, *command, **env)
+    one = redoubt(tmp_path, *command, "trainer=cpu", **env).good()
+    two, *_ = [process.end().good() for process in begun]
     told = [(folder / f"rank{r}.txt").read_text() for r in range(2)]
     assert told[0] == told[1]
     a, b = only_run(folder), only_run(tmp_path)

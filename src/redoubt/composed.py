@@ -20,6 +20,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides, _create_interpolation_map, create_defaults_list
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
@@ -91,6 +92,8 @@ class Loader(ConfigLoaderImpl):
             raise UserError(explain(error)) from error
         except RecursionError as error:
             raise UserError("a config refers to itself: write it out") from error
+        if not options.get("validate_sweep_overrides", True):
+            return cfg  # Hydra only looks for hydra.mode, and composes once more for all the rest
         tree = opened(cfg)
         check(tree, self.folders)
         self._check_hydra(tree["hydra"], overrides)
@@ -209,9 +212,14 @@ class Files(ConfigRepository):
     def state(self, config_path: str) -> Any:
         """What tells whether a config is the same as before: its provider, file, time of change and size."""
         source = self._find_object_source(config_path, ObjectType.CONFIG)
-        if source is None or source.scheme() != "file":
-            return source and source.provider
-        file = Path(source.path, source._normalize_file_name(config_path))
+        if source is None:
+            return None
+        name = source._normalize_file_name(config_path)
+        if source.scheme() == "structured":
+            return source.provider, name, _number(ConfigStore.instance()._load(name))
+        if source.scheme() != "file":
+            return source.provider
+        file = Path(source.path, name)
         state = file.stat()
         return source.provider, file, state.st_mtime_ns, state.st_size
 
@@ -229,7 +237,8 @@ class Files(ConfigRepository):
         if not isinstance(state, tuple):
             return super().load_config(config_path)
         if state not in _READ:
-            _check_anchors(state[1])
+            if isinstance(state[1], Path):
+                _check_anchors(state[1])
             _READ[state] = super().load_config(config_path)
         read = _READ[state]
         return replace(
@@ -255,7 +264,18 @@ class Merged:
 #: By the options of groups.
 _MERGED: dict[str | None, Merged] = {}
 #: What the files hold, by their state.
-_READ: dict[tuple[str, Path, int, int], Any] = {}
+_READ: dict[Any, Any] = {}
+#: The nodes of Hydra's own store that were asked for.
+_NODES: list[Any] = []
+
+
+def _number(node: Any) -> int:
+    """Of a node of Hydra's own store; one that takes its name has another."""
+    for number, other in enumerate(_NODES):
+        if other is node:
+            return number
+    _NODES.append(node)
+    return len(_NODES) - 1
 
 
 def _choices_if_asked_for(overrides: Overrides, entries: list[Any], self_added: bool) -> DictConfig | None:

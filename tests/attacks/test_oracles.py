@@ -277,7 +277,7 @@ def attacks_on(eps):
     }
 
 
-@pytest.mark.parametrize("samples", [25, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("samples", [20, pytest.param(250, marks=pytest.mark.slow)])
 def test_no_attack_contradicts_the_exact_verdict_on_relu_nets(samples):
     """So many samples of each of 4 nets: IBP-robust => robust (by integer programming) => no attack breaks it.
 
