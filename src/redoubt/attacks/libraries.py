@@ -25,7 +25,15 @@ from redoubt.units import as_number, as_whole
 log = logging.getLogger("redoubt")
 
 
-def library(module: str, extra: str) -> Any:
+#: How each is installed. torchattacks asks for a release of ``requests`` with known holes, and never imports it.
+INSTALLED_BY = {
+    "pyautoattack": "pip install 'redoubt[attacks]'",
+    "foolbox": "pip install 'redoubt[foolbox]'",
+    "torchattacks": "pip install --no-deps torchattacks==3.5.1",
+}
+
+
+def library(module: str) -> Any:
     """An optional library.
 
     Raises:
@@ -34,7 +42,7 @@ def library(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{module} is not installed: pip install 'redoubt[{extra}]'") from error
+        raise UserError(f"{module} is not installed: {INSTALLED_BY[module]}") from error
 
 
 class Net(nn.Module):
@@ -79,7 +87,7 @@ class AutoAttack(Attack):
         version: str | Sequence[str] = "standard",
         queries: int = 5000,
     ) -> None:
-        library("pyautoattack", "attacks")
+        library("pyautoattack")
         self.eps, self.norm, self.queries = as_number(eps, "eps"), norm, as_whole(queries, "queries")
         self.library = _version("pyautoattack")
         named = isinstance(version, str) and version in self.VERSIONS
@@ -98,7 +106,7 @@ class AutoAttack(Attack):
 
     def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """See `Attack`; the flags are pyautoattack's own verdicts."""
-        pyautoattack = library("pyautoattack", "attacks")
+        pyautoattack = library("pyautoattack")
         named = isinstance(self.version, list)
         with _warnings_once(), library_errors("pyautoattack"):
             attack = pyautoattack.AutoAttack(
@@ -151,7 +159,7 @@ class TorchAttacks(Attack):
     def __init__(
         self, *, name: str, eps: float | str, norm: str = "linf", options: Mapping[str, Any] | None = None
     ) -> None:
-        module = library("torchattacks", "attacks")
+        module = library("torchattacks")
         found = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, module.attack.Attack)}
         known = sorted(n for n in found if n not in (*self.REFUSED, "Attack"))
         if name in self.REFUSED:
@@ -218,7 +226,7 @@ class Foolbox(Attack):
     def __init__(
         self, *, name: str, eps: float | str, norm: str = "linf", options: Mapping[str, Any] | None = None
     ) -> None:
-        module = library("foolbox", "foolbox").attacks
+        module = library("foolbox").attacks
         base = importlib.import_module("foolbox.attacks.base").Attack
         classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
         known = sorted(n for n, c in classes.items() if not inspect.isabstract(c))
@@ -243,7 +251,7 @@ class Foolbox(Attack):
 
     def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> Tensor:
         """See `Attack`."""
-        foolbox = library("foolbox", "foolbox")
+        foolbox = library("foolbox")
         net = foolbox.PyTorchModel(Net(logits, x.device), bounds=(0, 1), device=x.device)
         with torch.enable_grad(), library_errors(f"foolbox.attacks.{self.kind.__name__}"):
             _, adv, _ = self.kind(**self.options)(net, x, y, epsilons=self.eps)
