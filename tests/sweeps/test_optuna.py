@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import socket
+import subprocess
+import tempfile
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -83,25 +89,74 @@ def test_resumed_with_more_trials(shell: Shell, monkeypatch: pytest.MonkeyPatch)
     assert "FGSM" in again.out
 
 
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL server of its own, as Debian's package has it; the password is in PGPASSWORD."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("PostgreSQL's server is not installed: apt install postgresql")
+    pytest.importorskip("psycopg")
+    with ExitStack() as last, socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        folder = Path(last.enter_context(tempfile.TemporaryDirectory(prefix="redoubt-postgres-")))
+        (folder / "password").write_text("secret")
+        user = "postgres" if os.getuid() == 0 else None  # the server does not run as root
+        if user is not None:
+            shutil.chown(folder, user)
+
+        def run(program: str, *arguments: str) -> None:
+            command = [str(programs[-1].with_name(program)), "-D", str(folder / "data"), *arguments]
+            subprocess.run(command, cwd=folder, user=user, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+        (folder / "password").chmod(0o644)
+        run("initdb", "--auth=scram-sha-256", "--username=redoubt", f"--pwfile={folder / 'password'}", "--no-sync")
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+        s.close()
+        run("pg_ctl", "start", "-w", "-l", str(folder / "log"), "-o", options)
+        last.callback(run, "pg_ctl", "stop", "-m", "immediate")
+        yield f"postgresql+psycopg://redoubt@127.0.0.1:{port}/postgres"
+
+
 @pytest.mark.slow
-def test_a_killed_worker_and_two_that_share(shell: Shell) -> None:
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_a_killed_worker_and_two_that_share(
+    shell: Shell, database: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The trial of the dead is done first, with its values; two processes make no trial twice and none too many."""
-    words = [*SEARCH, "optimizer.lr=interval(0.01,0.1)", "trainer.max_epochs=2", "hydra.sweeper.trials=4"]
+    storage = "sqlite:///outputs/sweeps/optuna.db" if database == "sqlite" else request.getfixturevalue("postgres")
+    monkeypatch.setenv("PGPASSWORD", "secret")
+    words = [
+        *SEARCH, "optimizer.lr=interval(0.01,0.1)", "trainer.max_epochs=2", "hydra.sweeper.trials=4",
+        f"hydra.sweeper.storage='{storage}'",
+    ]  # fmt: skip
     killed(4, *words)
-    (left,) = trials()
+    (left,) = trials(storage=storage)
     assert left.state.name == "RUNNING"
 
     helper = start(Path.cwd(), *words)
     ended = shell(*words)
     helper.end().good()
     assert ended.code == 0, ended.err
-    found = trials()
+    found = trials(storage=storage)
     counted = [t for t in found if "requeued" not in t.user_attrs]
     assert [t.state.name for t in counted] == ["COMPLETE"] * 4
     assert found[0].state.name == "FAIL"
     assert found[0].params in [t.params for t in counted]
     assert len({t.user_attrs["worker"] for t in counted}) == 2
     assert len({t.user_attrs["cell"] for t in counted}) == len(Store("outputs").list()) == 4
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_let_in_is_one_line(
+    shell: Shell, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*SEARCH, "optimizer.lr=interval(0.01,0.1)"]
+    monkeypatch.setenv("PGPASSWORD", "wrong")
+    ended = shell(*words, f"hydra.sweeper.storage='{postgres}'")
+    assert ended.code == 2
+    assert re.fullmatch(r"redoubt: hydra.sweeper.storage: .*password authentication failed.*\n", ended.err), ended.err
+    assert "wrong" not in ended.err
 
 
 @pytest.mark.slow
