@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
@@ -148,10 +150,20 @@ class Loader(ConfigLoaderImpl):
         merged = _MERGED.get(self._groups)
         if merged is not None:
             return copied(merged.config)  # whoever gets it changes it
-        cfg = super()._compose_config_from_defaults_list(defaults, repo)
+        hydras = [*takewhile(lambda default: default.config_path.startswith("hydra/"), defaults)]
+        key = repr([(default, repo.delegate.state(default.config_path)) for default in hydras])
+        if key not in _HYDRAS:
+            _HYDRAS[key] = super()._compose_config_from_defaults_list(hydras, repo)
+        self._hydras = copied(_HYDRAS[key])
+        cfg = super()._compose_config_from_defaults_list([None, *defaults[len(hydras) :]], repo)
         if self._groups is not None:
             _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, copied(cfg))
         return cfg
+
+    def _load_single_config(self, default: Any, repo: Any) -> ConfigResult:
+        if default is None:  # what Hydra's own files came to stands for them
+            return ConfigResult(provider="hydra", path="", config=self._hydras, header={})
+        return super()._load_single_config(default, repo)
 
     def _check_hydra(self, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
         values = {f"hydra.{key}": value for key, value in nodes(tree)}
@@ -263,6 +275,8 @@ class Merged:
 
 #: By the options of groups.
 _MERGED: dict[str | None, Merged] = {}
+#: What Hydra's own files came to, which are merged first, by their states.
+_HYDRAS: dict[str, DictConfig] = {}
 #: What the files hold, by their state.
 _READ: dict[Any, Any] = {}
 #: The nodes of Hydra's own store that were asked for.
