@@ -155,7 +155,8 @@ class Loader(ConfigLoaderImpl):
         if key not in _HYDRAS:
             _HYDRAS[key] = super()._compose_config_from_defaults_list(hydras, repo)
         self._hydras = copied(_HYDRAS[key])
-        cfg = super()._compose_config_from_defaults_list([None, *defaults[len(hydras) :]], repo)
+        begun: list[Any] = [None, *defaults[len(hydras) :]]
+        cfg = super()._compose_config_from_defaults_list(begun, repo)
         if self._groups is not None:
             _MERGED[self._groups] = Merged(repo.delegate.asked, self._choices, copied(cfg))
         return cfg
