@@ -30,6 +30,8 @@ class Source(ABC):
     kind: str
     #: Whether decoding is worth a file of its own.
     cached = True
+    #: Of what `decode` makes of the same files; raised where pixels or labels change, so that caches are made anew.
+    version = 1
     #: Whether `fetch` can get what is missing.
     downloads = False
 
@@ -48,6 +50,10 @@ class Source(ABC):
         Raises:
             UserError: A file is broken, or not what the configuration says.
         """
+
+    def classes(self, split: str) -> list[str] | None:
+        """The classes' names, in the order of the labels; None where they have none."""
+        return None
 
     @abstractmethod
     def fetch(self, split: str) -> None:
@@ -76,7 +82,7 @@ class Source(ABC):
         if not entries:
             return None
         text = "\n".join("\t".join(map(str, entry)) for entry in entries)
-        return hashlib.sha256(f"1 {self.num_classes} {self.image_size}\n{text}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.version} {self.num_classes} {self.image_size}\n{text}".encode()).hexdigest()
 
 
 def stat_entry(path: Path, name: str | None = None) -> tuple[str, int, int]:

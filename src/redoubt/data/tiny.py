@@ -31,6 +31,8 @@ DIRECTORY = 1 << 25
 class TinyZip(Official):
     """``tiny-imagenet-200.zip``, read without unpacking. Labels: places among the sorted training wnids."""
 
+    version = 2
+
     def remote(self, split: str) -> Remote:
         return ZIP
 
