@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from redoubt.errors import UserError
-from redoubt.nets import Backbone, Normalize, load_backbone, read_state_dict
+from redoubt.nets import Backbone, Normalize, load_backbone
 from redoubt.nets.preact import PreActResNet18
 from redoubt.nets.small import CNNSmall, ResNetSmall
 from redoubt.nets.wrn import WideResNet
@@ -190,5 +190,160 @@ def test_a_whole_module_is_not_unpickled(path):
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1, 2], torch.zeros(3), {"state_dict": {}}])
 def test_no_state_dict(path, content):
     torch.save(content, path)
-    with pytest.raises(UserError, match="holds no state_dict"):
-        read_state_dict(path)
+    refuse(path, small(), "holds no state_dict")
+
+
+# ---- wrapped by other tools --------------------------------------------------------------------------------------
+
+NORMALIZED = {"normalize": True, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
+
+
+class Constants(nn.Module):
+    """A normalisation as people write it, under names of their own."""
+
+    def __init__(self, names: tuple[str, str], shape: tuple[int, ...] = (3, 1, 1)) -> None:
+        super().__init__()
+        for name, values in zip(names, ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3]), strict=True):
+            self.register_buffer(name, torch.tensor(values).view(shape))
+
+
+class Wrapper(nn.Module):
+    """A LightningModule: the net under a name, and a loss with weights of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.model = net
+        self.criterion = nn.CrossEntropyLoss(weight=torch.ones(10))
+
+
+def saved(path, wrap, *, normalized: bool = False) -> ResNetSmall:
+    """Saves a net as a tool would; the net."""
+    source = small(1, **(NORMALIZED if normalized else {}))
+    torch.save(wrap(source), path)
+    return source
+
+
+@pytest.mark.parametrize(
+    ("normalized", "wrap"),
+    [
+        (False, lambda n: nn.DataParallel(nn.Sequential(n)).state_dict()),
+        (False, lambda n: {"state_dict": Wrapper(nn.Sequential(n)).state_dict(), "optimizer": {"state": {0: {}}}}),
+        (False, lambda n: {"a": [{"b": {f"_orig_mod.module.{k}": v for k, v in n.state_dict().items()}}]}),
+        (False, lambda n: torch.optim.swa_utils.AveragedModel(n).state_dict()),
+        (True, lambda n: nn.Sequential(Constants(("mean", "std")), n).state_dict()),
+        (True, lambda n: nn.DataParallel(nn.Sequential(Constants(("mu", "sigma")), n)).state_dict()),
+        (True, lambda n: nn.Sequential(Constants(("new_mean", "new_std"), (1, 3, 1, 1)), n).state_dict()),
+        (True, lambda n: {"model": nn.Sequential(Constants(("pixel_mean", "pixel_std"), (3,)), n).state_dict()}),
+        (True, lambda n: {"net": n.state_dict(), "norm": Constants(("means", "stds")).state_dict()}),
+        (True, lambda n: {"state_dict": {f"net._orig_mod.{k}": v for k, v in nn.Sequential(
+            nn.Sequential(Constants(("_mean", "_std"))), nn.DataParallel(n)).state_dict().items()}}),
+    ],
+)  # fmt: skip
+def test_the_net_is_found_below_any_wrappers(path, normalized, wrap):
+    source, net = saved(path, wrap, normalized=normalized), small(2)
+    load_backbone(net, path)
+    assert equal(net, source)
+    assert isinstance(net.normalize, Normalize if normalized else nn.Identity)
+    torch.testing.assert_close(net(x := torch.rand(2, 3, 16, 16)), source(x))
+
+
+def test_a_net_under_two_names_is_one(path, caplog):
+    """As `robustness` saves it: the net, and an attacker that holds it and a normalisation again."""
+    caplog.set_level("INFO")
+
+    def wrap(net):
+        attacker = nn.ModuleDict({"normalize": Constants(("new_mean", "new_std")), "model": net})
+        whole = nn.ModuleDict({"normalizer": Constants(("new_mean", "new_std")), "model": net, "attacker": attacker})
+        return {"model": nn.DataParallel(whole).state_dict(), "epoch": 3}
+
+    source, net = saved(path, wrap, normalized=True), small(2)
+    load_backbone(net, path)
+    assert equal(net, source)
+    assert isinstance(net.normalize, Normalize)
+    assert "takes" not in caplog.text
+
+
+def test_what_lies_beside_the_net_is_left_out_with_a_line(path, caplog):
+    caplog.set_level("INFO")
+    saved(path, lambda n: {"state_dict": Wrapper(n).state_dict(), "n_averaged": torch.tensor(3)})
+    load_backbone(small(2), path)
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line == f"{path}: leaves out what is none of the net's: n_averaged, criterion (2 tensors)"
+
+
+AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "averaged_model", "swa_model", "modelEMA")
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+@pytest.mark.parametrize("wrap", ["{}", "module.{}"])
+def test_averaged_weights_beside_raw_ones(path, caplog, name, wrap):
+    caplog.set_level("INFO")
+    raw, average = ({wrap.format(k): v for k, v in small(i).state_dict().items()} for i in (1, 3))
+    torch.save({name: average, "state_dict": raw, "epoch": 3}, path)
+    net = small(2)
+    load_backbone(net, path)
+    assert equal(net, small(1))
+    place = name + ("" if wrap == "{}" else ".module")
+    assert "(raw)" in caplog.text
+    assert f"{path}::{place} would take {place} (averaged)" in caplog.text
+    for choice in (place, name):
+        net = small(2)
+        load_backbone(net, f"{path}::{choice}")
+        assert equal(net, small(3))
+
+
+def test_averaged_weights_as_a_submodule(path, caplog):
+    """As ema-pytorch and wrappers of timm's ModelEma keep them, the net itself at the top or below a name."""
+    caplog.set_level("INFO")
+    for raw in ("", "online_model."):
+        parts = {raw: small(1), "ema_model.module.": small(3)}
+        torch.save({p + k: v for p, net in parts.items() for k, v in net.state_dict().items()}, path)
+        for choice, seed in (("", 1), ("::ema_model", 3)):
+            net = small(2)
+            load_backbone(net, f"{path}{choice}")
+            assert equal(net, small(seed))
+    assert "ema_model.module (averaged)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "choice", "says"),
+    [
+        (("netA", "netB"), "", "2 times: give one of .*::netA, .*::netB"),
+        (("teacher",), "", "only 'teacher' holds all weights .*::teacher if it is meant"),
+        (("state_dict", "ema"), "::swa", "swa is no name of weights in it: there are state_dict, ema"),
+    ],
+)
+def test_weights_that_have_to_be_chosen(path, names, choice, says):
+    torch.save({name: small(i).state_dict() for i, name in enumerate(names)}, path)
+    net = small(5)
+    with pytest.raises(UserError, match=says):
+        load_backbone(net, f"{path}{choice}")
+    assert equal(net, small(5))
+    load_backbone(net, f"{path}::{names[-1]}")
+    assert equal(net, small(len(names) - 1))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (lambda s: {f"module.0.{k}": v for k, v in s.items() if k != "fc.bias"},
+         "fc.bias is missing .*this is under module.0, .* the file has module$"),
+        (lambda s: {f"encoder.{k.replace('layer', 'stage')}": v for k, v in s.items()}, "under encoder, .*has encoder"),
+        (lambda s: {"g": {f"x.{i}": v for i, v in enumerate(s.values())}}, "none of its names is there; .* has g.x$"),
+        (lambda s: {"0.mean": torch.zeros(3), **{f"1.{k}": v for k, v in s.items()}}, "0.mean is half of a normalis"),
+        (lambda s: {"0.mean": torch.zeros(3), "0.std": torch.ones(3), "a.mean": torch.ones(3), "a.std": torch.ones(3),
+                    **{f"1.{k}": v for k, v in s.items()}}, "holds several normalisations, 0.mean, 0.std, a.mean"),
+    ],
+)  # fmt: skip
+def test_what_is_not_found_names_the_prefixes(path, wrap, says):
+    torch.save(wrap(small(1).state_dict()), path)
+    refuse(path, small(2), says)
+
+
+def test_a_file_that_refers_to_itself_is_read_once(path):
+    content = {"state_dict": small(1).state_dict()}
+    content["model"] = content
+    torch.save(content, path)
+    net = small(2)
+    load_backbone(net, path)
+    assert equal(net, small(1))

@@ -2,7 +2,16 @@
 
 from redoubt.nets.base import Backbone, Normalize
 from redoubt.nets.folding import Folding
-from redoubt.nets.loading import load_backbone, load_weights, read_state_dict
+from redoubt.nets.loading import OtherNet, load_backbone, load_weights, split_choice
 from redoubt.nets.mode import attack_mode
 
-__all__ = ["Backbone", "Folding", "Normalize", "attack_mode", "load_backbone", "load_weights", "read_state_dict"]
+__all__ = [
+    "Backbone",
+    "Folding",
+    "Normalize",
+    "OtherNet",
+    "attack_mode",
+    "load_backbone",
+    "load_weights",
+    "split_choice",
+]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,40 +14,59 @@ from torch import Tensor
 
 from redoubt.errors import UserError
 
-#: Under which keys training scripts put the weights, in the order of preference.
-CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
-#: What DataParallel, a LightningModule, wrappers and torch.compile put before every name.
-PREFIXES = ("module.", "net.", "model.", "_orig_mod.")
-#: A normalisation that a file carries, under whatever module: mean and std, or AutoAttack's mu and sigma.
-NORMALISATION = re.compile(r"(?:^|\.)(?:(mean|mu)|(std|sigma))$")
+#: The tensors of a file: those of each of its dictionaries, under the keys that lead to it.
+Tables = dict[tuple[str, ...], dict[str, Tensor]]
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads the weights from a .safetensors file or a torch file (with `weights_only=True`, never otherwise).
+def split_choice(text: str | Path) -> tuple[Path, str]:
+    """``weights.pt::state_dict_ema`` as the file and the name in it, which is "" where none is given."""
+    path = Path(text).expanduser()
+    if path.is_file() or "::" not in str(text):
+        return path, ""
+    file, _, name = str(text).rpartition("::")
+    return Path(file).expanduser(), name
 
-    Unwraps the usual containers, nested ones too, and strips the prefixes that all weights share.
+
+def read_tables(path: Path) -> Tables:
+    """Reads all tensors of a .safetensors file or a torch file (with `weights_only=True`, never otherwise).
 
     Args:
         path: The file.
 
     Returns:
-        Parameter name to tensor, on the CPU.
+        Each dictionary that holds tensors by name, at any depth; what is not a tensor is left out.
 
     Raises:
-        UserError: The file is missing, empty, truncated, no torch file, or holds no state_dict.
+        UserError: The file is missing, empty, truncated, no torch file, or holds no such dictionary.
     """
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file: give the path of a .pt, .pth, .ckpt or .safetensors file")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty: copy or download it again")
-    found = _unwrap(_read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path), path)
-    for key, value in found.items():
-        if value.is_meta or value.is_complex() or value.is_quantized or value.layout is not torch.strided:
-            raise UserError(
-                f"{path}: {key} is no dense tensor of real numbers: save model.state_dict() of the plain net"
-            )
-    return _strip(found)
+    tables = _tables(_read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path))
+    if not tables:
+        raise UserError(
+            f"{path}: holds no state_dict (a mapping of names to tensors, at the top or in a dictionary or list): "
+            "save model.state_dict() to it"
+        )
+    return tables
+
+
+def _tables(content: Any) -> Tables:
+    found: Tables = {}
+    left: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    seen: set[int] = set()  # a file may refer to one dictionary often, or to itself
+    while left:
+        place, value = left.popleft()
+        if not isinstance(value, Mapping | list | tuple) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if isinstance(inner, Tensor) and isinstance(key, str):
+                found.setdefault(place, {})[key] = inner
+            else:
+                left.append(((*place, str(key)), inner))
+    return found
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -112,29 +131,3 @@ def _brief(error: Exception) -> str:
     """An exception's first sentence."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:100]
-
-
-def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
-    """Descends through containers to the mapping of tensors."""
-    while isinstance(found, Mapping):
-        inside = [found[k] for k in CONTAINERS if isinstance(found.get(k), Mapping)]
-        if inside:
-            found = inside[0]
-        elif found and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-            return dict(found)
-        else:
-            break
-    raise UserError(
-        f"{path}: holds no state_dict (a mapping of names to tensors, at the top or under "
-        f"{', '.join(CONTAINERS)}): save model.state_dict() to it"
-    )
-
-
-def _strip(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes prefixes off for as long as all weights share one; a normalisation may stand beside them."""
-    while True:
-        weights = [k for k in found if not NORMALISATION.search(k)]
-        shared = [p for p in PREFIXES if weights and all(k.startswith(p) for k in weights)]
-        if not shared:
-            return found
-        found = {k.removeprefix(shared[0]): v for k, v in found.items()}
