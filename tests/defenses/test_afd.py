@@ -564,6 +564,51 @@ def batches_of(count=2, b=5):
     return [Batch(x, y, 0, len(x)) for x, _, y in (images(b, seed, torch.float64) for seed in range(count))]
 
 
+class OldSGD:
+    """SGD as PyTorch had it before 1.2, parameter by parameter: decay goes into the gradient in place."""
+
+    def __init__(self, params, lr, momentum, decay):
+        self.params, self.lr, self.momentum, self.decay = params, lr, momentum, decay
+        self.buffers = [torch.zeros_like(p) for p in params]
+
+    @torch.no_grad()
+    def step(self):
+        for i, p in enumerate(self.params):
+            p.grad += self.decay * p
+            self.buffers[i] = self.momentum * self.buffers[i] + p.grad
+            p -= self.lr * self.buffers[i]
+
+
+@pytest.mark.parametrize(("base", "model"), [("at", "resnet_small"), ("trades", "cnn_small")])
+def test_legacy_is_the_authors_loop_with_the_sgd_of_their_torch(base, model, tmp_path):
+    """methods 7.5 and 13.1: gradients are zeroed once a batch and accumulate, each optimizer's decay among them."""
+    options = ["inner.steps=1", "inner.step=0.5", "optimizer.weight_decay=0.2"]
+    (module, hand), (other, _) = (
+        fine_tuning(*options, f"defense.update={u}", model=model, base=base) for u in ("legacy", "accumulated")
+    )
+    loop, named = HandTraining(hand, module.inner, base), hand.named()
+    rest = [p for p in named.values() if p is not hand.d2]
+    first, second, third = (OldSGD(ps, 0.025, 0.9, 0.2) for ps in ([hand.d2], rest, rest))
+    batches = batches_of(3)
+    for step, batch in enumerate(batches):
+        adv = loop.craft(batch.x, batch.y, step)
+        gradients = hand_gradients(hand, hand_losses(hand, batch.x, adv, batch.y, base))
+        for p in named.values():
+            p.grad = torch.zeros_like(p)
+        for along, optimizer in zip(gradients, (first, second, third), strict=True):
+            for name, p in named.items():
+                p.grad += along[name]
+            optimizer.step()
+    for made, path in ((module, tmp_path / "legacy"), (other, tmp_path / "accumulated")):
+        fitted(made, batches, path)
+    wanted = hand.state()
+    close(module.net.state_dict(), wanted, **LIKE_FLOAT32)
+    d2 = "fc.d2.weight"  # decays once either way, on features that decay more
+    for name, value in other.net.state_dict().items():
+        if name != d2 and value.is_floating_point() and name in named:
+            assert (value - wanted[name]).abs().max() > 1e-3, name
+
+
 @pytest.mark.parametrize(
     ("update", "base", "model", "clip"),
     [
@@ -771,6 +816,11 @@ def test_what_is_refused_in_one_line(override, says):
     text = str(caught.value)
     assert says in text
     assert "\n" not in text
+
+
+def test_legacy_wants_sgd():
+    with pytest.raises(UserError, match=r"defense\.update=legacy.*optimizer=sgd"):
+        build("optimizer=adamw", "defense.update=legacy")
 
 
 # ---- the recipes -----------------------------------------------------------------------------------------

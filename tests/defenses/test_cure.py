@@ -84,6 +84,8 @@ def hand_terms(loss, base, alpha, gamma, clean, adv, y, rev=None, beta=1.0, soft
         terms = [alpha * hand_ce(clean, y, s), (1 - alpha) * hand_ce(adv, y, s)]
     elif loss == "rgp_soft":
         terms = [hand_ce(clean, y, s), soft_beta * hand_kl(clean, adv)]
+    elif loss == "rgp_old":
+        terms = [alpha * hand_ce(clean, y, s), (1 - alpha) * hand_kl(clean, adv)]
     elif base == "trades":
         terms = [hand_ce(clean, y, s), beta * hand_kl(clean, adv)]
     elif base == "mart":
@@ -113,6 +115,8 @@ def hand_scores(criterion, alpha, clean, adv, y, total, named):
         scores = {k: alpha * first[k].abs() + (1 - alpha) * second[k].abs() for k in named}
     elif criterion == "joint":
         scores = {k: total[k].abs() for k in named}
+    elif criterion == "soft_all":
+        scores = {k: total[k] for k in named}
     else:
         first, second = hand_gradient(hand_ce(clean, y), named), hand_gradient(hand_kl(clean, adv), named)
         scores = {k: alpha * first[k] + (1 - alpha) * second[k] for k in named}
@@ -129,7 +133,7 @@ def exempted(criterion, name):
         return True
     if criterion == "joint":
         return name.startswith("fc.")
-    if criterion == "soft":
+    if criterion in ("soft", "soft_all"):
         return "conv1" not in name or name == "conv1.weight"
     return name.startswith(("conv1.", "bn1.", "fc.")) or "downsample" in name
 
@@ -206,6 +210,7 @@ def test_threshold_keeps_shape_and_order_of_memory_out():
 # ---- scores ----------------------------------------------------------------------------------------------
 
 CRITERIA = [("rgp", 0.1), ("rgp", 0.0), ("rgp", 1.0), ("joint", 0.1), ("soft", 0.1), ("soft", 0.0), ("soft", 1.0)]
+CRITERIA += [("soft_all", 0.1)]
 
 
 def found_scores(module, x, adv, y):
@@ -224,8 +229,8 @@ def found_scores(module, x, adv, y):
 
 @pytest.mark.parametrize(("criterion", "alpha"), CRITERIA)
 def test_scores_are_those_of_autograd(criterion, alpha):
-    """Labels are smoothed in the loss, and so in the score of joint alone."""
-    loss = {"joint": "rgp", "soft": "rgp_soft"}.get(criterion, "base")
+    """Labels are smoothed in the loss, and so in the scores of joint and soft_all alone."""
+    loss = {"joint": "rgp", "soft": "rgp_soft", "soft_all": "rgp_old"}.get(criterion, "base")
     given = options(criterion=criterion, alpha=alpha, loss=loss, gamma=0.5)
     module, (x, adv, y) = apart(build(*given, "label_smoothing=0.3")), images()
     net, rev = copy.deepcopy(module.net), copy.deepcopy(module.revision)
@@ -241,16 +246,16 @@ def test_scores_are_those_of_autograd(criterion, alpha):
     for name, score in wanted.items():
         assert np.abs(score).max() > 0
         np.testing.assert_allclose(found[name].numpy(), score, rtol=1e-5, atol=1e-8, err_msg=name)
-    assert any((score < 0).any() for score in wanted.values()) == (criterion == "soft")
+    assert any((score < 0).any() for score in wanted.values()) == criterion.startswith("soft")
 
 
-@pytest.mark.parametrize("criterion", ["rgp", "joint", "soft"])
+@pytest.mark.parametrize("criterion", ["rgp", "joint", "soft", "soft_all"])
 def test_what_no_gradient_reaches_scores_zero(criterion):
     module = build(*options(criterion=criterion, alpha=0.25))
     a, b = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))
     g = torch.arange(6.0).reshape(2, 3) - 3
     scores = module.scores([[g, None]] * module.score_gradients, {a: g, b: None}, [a, b])
-    torch.testing.assert_close(scores[0], g if criterion == "soft" else g.abs())
+    torch.testing.assert_close(scores[0], g if criterion.startswith("soft") else g.abs())
     torch.testing.assert_close(scores[1], torch.zeros(4), check_dtype=False)
 
 
@@ -274,6 +279,7 @@ def stepped(module, b=6, seed=0):
         ({"criterion": "joint"}, 0, 1),
         ({"criterion": "soft"}, 1, 1),
         ({"criterion": "soft", "alpha": 1}, 1, 1),
+        ({"criterion": "soft_all", "loss": "rgp_old"}, 0, 1),
         ({"criterion": "none"}, 0, 1),
         ({"criterion": "rgp", "percentile": 0}, 0, 1),
         ({"criterion": "soft", "percentile": 0.0}, 0, 1),
@@ -328,6 +334,8 @@ def numpy_terms(loss, base, alpha, gamma, beta, s, z, w, r, v, y):
         terms = {"ce": alpha * numpy_ce(z, y, s), "ce_adv": (1 - alpha) * numpy_ce(w, y, s)}
     elif loss == "rgp_soft":
         terms = {"ce": numpy_ce(z, y, s), "kl": beta * numpy_kl(z, w).mean()}
+    elif loss == "rgp_old":
+        terms = {"ce": alpha * numpy_ce(z, y, s), "kl": (1 - alpha) * numpy_kl(z, w).mean()}
     elif base == "trades":
         terms = {"ce": numpy_ce(z, y, s), "kl": numpy_kl(z, w).mean()}
     elif base == "mart":
@@ -349,7 +357,7 @@ def numpy_terms(loss, base, alpha, gamma, beta, s, z, w, r, v, y):
     ("loss", "base", "label_smoothing"),
     [
         ("base", "at", 0.2), ("base", "trades", 0.2), ("base", "trades", 0), ("base", "mart", 0.2),
-        ("rgp", "trades", 0.2), ("rgp", "at", 0), ("rgp_soft", "trades", 0.2),
+        ("rgp", "trades", 0.2), ("rgp", "at", 0), ("rgp_soft", "trades", 0.2), ("rgp_old", "at", 0.2),
     ],
 )  # fmt: skip
 def test_terms_are_numpy_s(loss, base, label_smoothing):
@@ -647,6 +655,8 @@ COMBINATIONS = [
     {"criterion": "joint", "loss": "base", "freeze": "gradient", "rate": 1, "decay": 0.3},
     {"criterion": "soft", "loss": "rgp_soft", "freeze": "gradient", "rate": 1, "decay": 0.5},
     {"criterion": "soft", "loss": "base", "freeze": "update", "alpha": 0.4, "rate": 0.5, "decay": 0.2},
+    {"criterion": "joint", "loss": "rgp_old", "freeze": "gradient", "rate": 1, "decay": 0.5, "alpha": 0.3},
+    {"criterion": "soft_all", "loss": "rgp_old", "freeze": "gradient", "rate": 1, "decay": 0.5, "gamma": 0.6},
     {"criterion": "none", "loss": "base", "freeze": "gradient", "rate": 0.5, "decay": 0.2},
     {"criterion": "rgp", "loss": "rgp_soft", "freeze": "gradient", "gamma": 0, "rate": 1},
 ]
@@ -876,7 +886,7 @@ def test_a_default_may_fit_nothing_where_the_user_s_expression_may_not():
         masked_names(net, EXEMPT["soft"])
 
 
-@pytest.mark.parametrize("criterion", ["rgp", "joint", "soft", "none"])
+@pytest.mark.parametrize("criterion", ["rgp", "joint", "soft", "soft_all", "none"])
 def test_the_module_takes_the_criterion_s_default(criterion):
     module = build(f"defense.criterion={criterion}")
     assert module.masked == [n for n, _ in module.net.named_parameters() if not exempted(criterion, n)]

@@ -334,7 +334,11 @@ def hand_step(module, net, optimizer, base, batch, step, seed=0):
     net.train()
     clean = forward(x, "clean")[0] if base in ("trades", "mart") else None
     logits, sides = forward(adv, "adv")
-    loss = outer(base, net, x, adv, y, clean=clean, logits=logits)
+    if base == "trades" and module.objective.clean_forwards == 2:  # as its authors have it: the KL is to the second
+        p = forward(x, "clean")[0].softmax(1)
+        loss = F.cross_entropy(clean, y) + 6 * (p * (p.log() - logits.log_softmax(1))).sum(1).mean()
+    else:
+        loss = outer(base, net, x, adv, y, clean=clean, logits=logits)
     if fsr:
         wrong = logits.masked_fill(F.one_hot(y, 10).bool(), -torch.inf).argmax(1)
         plus, minus, tilde = sides
@@ -354,13 +358,15 @@ class Loader(list):
         pass
 
 
-@pytest.mark.parametrize("base", ["standard", "at", "trades", "mart"])
+@pytest.mark.parametrize("base", ["standard", "at", "trades", "trades twice", "mart"])
 @pytest.mark.parametrize(
     ("defense", "model"), [("none", "cnn_small"), ("none", "resnet_small"), ("fsr", "resnet_small")]
 )
 def test_training_is_the_hand_written_loop(base, defense, model, tmp_path):
     """Two steps by Lightning's Trainer; in float64, so that no sign of a gradient is a matter of rounding."""
     options = [] if base == "standard" else ["inner.steps=2", "inner.step=0.5"]
+    base, twice = base.split()[0], base.endswith("twice")
+    options += ["base.clean_forwards=2"] * twice
     module = build(*SGD, *options, defense=defense, model=model, base=base).double()
     net = copy.deepcopy(module.net)
     plain = plain_sgd(net)
@@ -376,6 +382,39 @@ def test_training_is_the_hand_written_loop(base, defense, model, tmp_path):
     wanted = net.state_dict()
     for name, value in module.net.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("defense", ["none", "fsr", "afd", "cure"])
+def test_two_clean_forwards_move_the_running_statistics_of_trades_own_code(defense, accumulate):
+    """methods 3 and 13.4: clean, crafted, clean; the stem's statistics in closed form, the weights as with one."""
+    more = ["inner.steps=0", f"trainer.accumulate={accumulate}", "model.widths=[4,4,8,8]"]
+    more += ["defense.rate=0"] * (defense == "cure")
+    found = {}
+    for forwards in ("null", "2"):
+        options = [*more, f"base.clean_forwards={forwards}"]
+        module = build(*options, defense=defense, base="trades", model="resnet_small").double()
+        conv, bn, optimizers = (
+            copy.deepcopy(module.net.conv1),
+            copy.deepcopy(module.net.bn1),
+            module.configure_optimizers(),
+        )
+        module.raw_optimizers = lambda made=optimizers: made
+        batch = images(8, dtype=torch.float64)
+        module.share = Share(0, 8, 8)
+        module.update(*batch)
+        x, adv, _ = (part.chunk(accumulate) for part in batch)
+        with torch.no_grad():
+            for a, b in zip(x, adv, strict=True):
+                for seen in (a, b, a) if forwards == "2" else (a, b):
+                    out = conv(seen).transpose(0, 1).flatten(1)
+                    bn.running_mean = 0.9 * bn.running_mean + 0.1 * out.mean(1)
+                    bn.running_var = 0.9 * bn.running_var + 0.1 * out.var(1)
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(module.net.get_buffer(f"bn1.{name}"), bn.get_buffer(name), msg=name)
+        found[forwards] = module
+    for a, b in zip(found["null"].parameters(), found["2"].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_schedule_and_clip_reach_the_step(tmp_path):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from redoubt.build import build_module
+from redoubt.config import compose
 from redoubt.errors import UserError
 from redoubt.objectives import MART, PGDAT, TRADES, Standard
 from redoubt.objectives.base import Objective, kl_per_example, margin, wrong_label
@@ -216,6 +218,22 @@ def test_beta_scales_the_kl_term_alone(objective):
 def test_negative_beta_is_refused(objective):
     with pytest.raises(UserError, match="beta"):
         objective(beta=-0.1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_only_two_clean_forwards_can_be_asked_for(count):
+    assert TRADES().clean_forwards == 1
+    assert TRADES(clean_forwards=2).clean_forwards == 2
+    with pytest.raises(UserError, match=rf"base\.clean_forwards={count}: take 2"):
+        TRADES(clean_forwards=count)
+
+
+@pytest.mark.parametrize("base", ["standard", "at", "mart"])
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_bases_without_a_second_clean_forward_refuse_it(base, plus):
+    with pytest.raises(UserError, match=r"base\.clean_forwards") as error:
+        build_module(compose([f"base={base}", "model=cnn_small", f"{plus}base.clean_forwards=2"]))
+    assert "\n" not in str(error.value)
 
 
 # ---- MART ------------------------------------------------------------------------------------------------

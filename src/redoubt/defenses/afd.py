@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from redoubt.defenses.gradients import Gradient
 from redoubt.defenses.module import RobustModule, at_least_float32
 from redoubt.errors import UserError
 from redoubt.nets import Backbone, attack_mode, load_weights
@@ -69,6 +71,10 @@ class AFD(RobustModule):
     and D1 along ``cos + L_rob`` and the classifier along ``neg + L_rob``. Here all gradients are taken at the same
     weights; their code, in the old PyTorch that it needs, takes the last ones after the second step.
 
+    ``update="legacy"`` is the same with the weight decay of that PyTorch (before 1.2): its SGD added decay into the
+    gradient in place, so that the third step finds the second's there, and decay acts three times per batch on all but
+    D2 (methods 13.1).
+
     ``update="joint"`` is one step of one optimizer: D2 along neg, all else along ``cos + L_rob``; neg trains D2 alone.
 
     Student and teacher are the same net at the start (``start_from``); from scratch the teacher is the untrained net.
@@ -77,7 +83,7 @@ class AFD(RobustModule):
     Args:
         net: A backbone with a linear classifier (`redoubt.nets.Backbone`).
         alpha, beta, gamma: Weights of the three terms; the authors' code calls beta sigma.
-        update: ``accumulated`` or ``joint``.
+        update: ``accumulated``, ``legacy`` or ``joint``.
 
     Raises:
         UserError: A value out of range, or a net without a classifier of its own.
@@ -98,8 +104,8 @@ class AFD(RobustModule):
         for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             if as_number(value, f"defense.{name}") < 0:
                 raise UserError(f"defense.{name}={value} must not be negative")
-        if update not in ("accumulated", "joint"):
-            raise UserError(f"defense.update={update!r} is not known: take accumulated or joint")
+        if update not in ("accumulated", "legacy", "joint"):
+            raise UserError(f"defense.update={update!r} is not known: take accumulated, legacy or joint")
         if not isinstance(net, Backbone):
             raise UserError("model: AFD needs a net with get_classifier and forward_head (redoubt.nets.Backbone)")
         teacher = copy.deepcopy(net).requires_grad_(False)
@@ -109,7 +115,9 @@ class AFD(RobustModule):
         super().__init__(net=net, **rest)
         self.teacher, self.head_name = teacher.to(memory_format=self.format), head_name
         self.alpha, self.beta, self.gamma = float(alpha), float(beta), float(gamma)
-        self.joint = update == "joint"
+        self.joint, self.legacy = update == "joint", update == "legacy"
+        if self.legacy and not isinstance(self.make_optimizer([torch.zeros(1, requires_grad=True)]), torch.optim.SGD):
+            raise UserError("defense.update=legacy is the weight decay of SGD: take optimizer=sgd, or accumulated")
         if rest.get("compile"):
             self.teach = compiled(self.teach, rest["compile"])  # type: ignore[method-assign]
 
@@ -143,6 +151,7 @@ class AFD(RobustModule):
         z1, (f1, f2, z2) = self.training_logits(adv, "adv")
         with torch.no_grad(), attack_mode(self.teacher):
             taught = self.teach(x)
+        self.clean_again(x)
         self.note_accuracy(z1, y)
         return self.objective.outer(z1, y, clean) | {
             "neg": self.alpha * F.cross_entropy(at_least_float32(z2), wrong_label(z1, y)),
@@ -179,7 +188,8 @@ class AFD(RobustModule):
             return
         cos, robust = others
         second = cos + neg[1:]
-        third = [a if b is None else b if a is None else a + b for a, b in zip(second, robust, strict=True)]
+        left = with_decay(optimizers[1], theta, second) if self.legacy else second
+        third = [a if b is None else b if a is None else a + b for a, b in zip(left, robust, strict=True)]
         self.step((optimizers[0], d2, neg[:1]), (optimizers[1], theta, second), (optimizers[2], theta, third))
 
     def configure_optimizers(self) -> list[Any]:
@@ -237,6 +247,12 @@ class AFD(RobustModule):
         assert isinstance(head, DisentangledHead)
         net.set_submodule(self.head_name, head.merged())
         return net
+
+
+def with_decay(optimizer: Optimizer, params: Sequence[nn.Parameter], gradient: Gradient) -> Gradient:
+    """What SGD before PyTorch 1.2 left in the gradients that it stepped along: each with its weight decay added."""
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    return [None if g is None else g + decays[p] * p.detach() for p, g in zip(params, gradient, strict=True)]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

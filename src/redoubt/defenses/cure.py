@@ -23,14 +23,16 @@ from redoubt.training.compiling import compiled
 from redoubt.units import as_number
 
 #: What is never masked unless ``exempt`` says otherwise: the tensors that the paper's Figure 6 does not list; those of
-#: the authors' code for ``joint`` (names with "linear" or "fc"); and for ``soft`` (the stem, names without "conv1").
+#: the authors' code for ``joint`` (names with "linear" or "fc"); and for ``soft`` and ``soft_all`` (the stem, names
+#: without "conv1").
 EXEMPT = {
     "rgp": ("stem", "shortcut", "classifier"),
     "joint": ("classifier",),
     "soft": ("stem", r"^(?!.*conv1)"),
+    "soft_all": ("stem", r"^(?!.*conv1)"),
     "none": (),
 }
-LOSSES = ("base", "rgp", "rgp_soft")
+LOSSES = ("base", "rgp", "rgp_old", "rgp_soft")
 
 
 class CURE(RobustModule):
@@ -40,13 +42,16 @@ class CURE(RobustModule):
 
     - ``loss="base"``: the base's terms; with ``base=trades base.beta=1`` the paper's,
     - ``loss="rgp"``: ``alpha CE(x) + (1 - alpha) CE(x_adv)`` (authors' mode rgp),
+    - ``loss="rgp_old"``: ``alpha CE(x) + (1 - alpha) KL(p(x) || p(x_adv))`` (authors' mode rgp_old, and their rgp_soft
+      with gradient "all"),
     - ``loss="rgp_soft"``: ``CE(x) + beta KL(p(x) || p(x_adv))`` (authors' mode rgp_soft, beta 5).
 
     Every weight gets a score, and in each tensor those below its ``percentile`` are conserved:
 
     - ``criterion="rgp"``: ``alpha |dCE(x)/dw| + (1 - alpha) |dCE(x_adv)/dw|`` (as printed; two more gradients),
-    - ``criterion="joint"``: the absolute gradient of the whole loss (authors' mode rgp; none more),
+    - ``criterion="joint"``: the absolute gradient of the whole loss (authors' modes rgp and rgp_old; none more),
     - ``criterion="soft"``: the signed gradient of ``alpha CE(x) + (1 - alpha) KL`` (authors' rgp_soft; one more),
+    - ``criterion="soft_all"``: the signed gradient of the whole loss (their rgp_soft with gradient "all"; none more),
     - ``criterion="none"``: nothing is conserved.
 
     ``freeze="gradient"`` zeroes the gradient of what is conserved, as paper and code do: momentum and weight decay
@@ -204,6 +209,7 @@ class CURE(RobustModule):
         """Training logits of x (where anything wants them) and of adv [B, K], and the terms of the same forwards."""
         clean = self.training_logits(x, "clean")[0] if self.needs_clean else None
         crafted = self.training_logits(adv, "adv")[0]
+        self.clean_again(x)
         self.note_accuracy(crafted, y)
         terms = self.main_terms(clean, crafted, y)
         if self.gamma:
@@ -227,7 +233,8 @@ class CURE(RobustModule):
         ce = self.objective.cross_entropy
         if self.loss_kind == "rgp":
             return {"ce": self.alpha * ce(clean, y), "ce_adv": (1 - self.alpha) * ce(crafted, y)}
-        return {"ce": ce(clean, y), "kl": self.beta * kl_per_example(clean, crafted).mean()}
+        of_ce, of_kl = (self.alpha, 1 - self.alpha) if self.loss_kind == "rgp_old" else (1.0, self.beta)
+        return {"ce": of_ce * ce(clean, y), "kl": of_kl * kl_per_example(clean, crafted).mean()}
 
     def update(self, x: Tensor, adv: Tensor, y: Tensor) -> None:
         """Scores, mask, step; plain training while it warms up."""
@@ -298,6 +305,8 @@ class CURE(RobustModule):
         """
         if self.criterion == "joint":
             return [_or_zero(gradient[p], p).abs() for p in masked]
+        if self.criterion == "soft_all":
+            return [_or_zero(gradient[p], p) for p in masked]
         if self.criterion == "soft":
             return [_or_zero(g, p) for g, p in zip(found[0], masked, strict=True)]
         if self.criterion == "rgp":

@@ -232,6 +232,7 @@ class RobustModule(LightningModule):
         """Every training forward of the step: {name: weighted loss}, batch means; their sum is the loss."""
         clean = self.training_logits(x, "clean")[0] if self.objective.needs_clean else None
         logits, sides = self.training_logits(adv, "adv")
+        self.clean_again(x)
         self.note_accuracy(logits, y)
         return self.objective.outer(logits, y, clean) | self.auxiliary(logits, sides, y)
 
@@ -244,6 +245,12 @@ class RobustModule(LightningModule):
         """
         logits, sides = self.run(x, self.draw_noise(x, purpose))
         return at_least_float32(logits), sides
+
+    @torch.no_grad()
+    def clean_again(self, x: Tensor) -> None:
+        """The clean forward once more where the objective says so: BatchNorm's running statistics move, no more."""
+        if self.objective.clean_forwards == 2:
+            self.training_logits(x, "clean")
 
     def draw_noise(self, x: Tensor, purpose: str) -> Any:
         """The random numbers of a training forward; none here."""

@@ -21,6 +21,8 @@ class Objective:
     needs_clean: bool = False
     #: The inner loss wants attack-mode logits of the clean images, computed once per batch.
     inner_needs_clean: bool = False
+    #: Training forwards of the clean images in a step, where ``needs_clean``: 1, or 2 as in TRADES's own code.
+    clean_forwards: int = 1
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = as_number(label_smoothing, "label_smoothing")

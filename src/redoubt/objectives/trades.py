@@ -12,21 +12,25 @@ from redoubt.units import as_number
 class TRADES(Objective):
     """``CE(x, y) + beta * mean KL(p(x) || p(x_adv))``; the attack raises the same KL.
 
-    Gradient flows through both p(x) and p(x_adv), as in the authors' code. They forward the clean batch twice in
-    the outer loss, so that BatchNorm sees it twice; here once.
+    Gradient flows through both p(x) and p(x_adv), as in the authors' code.
 
     Args:
         beta: Weight of the KL term (6 in the paper).
+        clean_forwards: 2 forwards the clean batch once more behind the crafted one, as the authors' code does:
+            BatchNorm's running statistics move three times in a step, the gradient is the same. None: once.
     """
 
     needs_clean = True
     inner_needs_clean = True
 
-    def __init__(self, *, beta: float = 6.0, label_smoothing: float = 0.0) -> None:
+    def __init__(self, *, beta: float = 6.0, clean_forwards: int | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing=label_smoothing)
         self.beta = as_number(beta, "base.beta")
         if self.beta < 0:
             raise UserError(f"base.beta={beta} must not be negative")
+        if clean_forwards not in (None, 2):
+            raise UserError(f"base.clean_forwards={clean_forwards}: take 2, as the authors' code, or null for one")
+        self.clean_forwards = clean_forwards or 1
 
     def inner(self, adv: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
         assert clean is not None
