@@ -12,6 +12,7 @@ from redoubt import config
 from redoubt.reporting.cells import experiments
 from redoubt.reporting.experiments import files, write
 from redoubt.runs.identity import plain
+from redoubt.training.schedule import Schedule
 
 FOLDER = Path(config.config_dir()) / "experiment"
 PAPERS = ("fsr", "afd", "cure")
@@ -57,7 +58,7 @@ SAMPLE: list[tuple[str, dict[str, Any]]] = [
     ),
     (
         "fsr/s3_cifar10_wrn34_10_mart_fsr",
-        {"axes.model": "wrn34_10", "axes.base": "mart", "base.beta": 6.0, "trainer.max_epochs": 90},
+        {"axes.model": "wrn34_10", "axes.base": "mart", "base.beta": 6.0, "trainer.max_epochs": 100},
     ),
     ("fsr/s4_cifar10_resnet18_at_fsr_after_block3_block4", {"defense.at": ["layer3", "layer4"]}),
     (
@@ -103,6 +104,45 @@ def test_an_experiment_composes_to_the_published_recipe(name: str, wanted: dict[
     cfg = composed(f"experiment={name}")
     assert {key: plain({"value": OmegaConf.select(cfg, key)})["value"] for key in wanted} == wanted
     assert f"experiment/{name}" in cfg.axes.recipes
+
+
+def trained_for(name: str) -> dict[str, Any]:
+    """What rows of one table must share, and the learning rate of every epoch."""
+    cfg = composed(f"experiment={name}")
+    keys = ("model", "optimizer", "data.batch_size", "data.augment", "trainer.max_epochs")
+    section = {key: value for key, value in plain(cfg.schedule).items() if key != "_target_"}
+    schedule = Schedule(**section, max_epochs=cfg.trainer.max_epochs)
+    rates = [round(cfg.optimizer.lr * schedule.factor(epoch), 9) for epoch in range(cfg.trainer.max_epochs)]
+    return {"rates": rates} | {key: plain({"value": OmegaConf.select(cfg, key)})["value"] for key in keys}
+
+
+@pytest.mark.parametrize("net", ["t1_cifar10_resnet18", "t1_cifar100_resnet18", "t2_cifar10_wrn34_10"])
+def test_baselines_of_afd_share_net_and_length(net: str) -> None:
+    """methods 13.2: 120 epochs, FSR's milestones (75 and 90 of 100) stretched; the authors' CIFAR ResNet-18."""
+    pgd_at, trades = trained_for(f"afd/{net}_pgd_at"), trained_for(f"afd/{net}_trades")
+    assert pgd_at == trades
+    assert pgd_at["rates"] == [0.1] * 89 + [0.01] * 18 + [0.001] * 13
+    assert pgd_at["optimizer"]["weight_decay"] == 5e-4
+    if net.endswith("resnet18"):
+        nets = [trained_for(f"afd/{net}_{row}")["model"] for row in ("afd", "vanilla_aft")]
+        assert nets == [pgd_at["model"]] * 2
+        assert pgd_at["model"]["stem_padding"] == 0
+    text = " ".join((FOLDER / f"afd/{net}_trades.yaml").read_text().replace("\n#", "").split())
+    assert "are our choice" in text
+    assert trained_for("afd/t1_tiny_imagenet_resnet18_trades")["model"]["stem_padding"] is None
+
+
+def test_rows_of_fsr_s3_share_the_recipe() -> None:
+    """methods 13.5: 100 epochs, lr 0.1, weight decay 5e-4; MART's own recipe for ResNet-18 stays."""
+    rows = ("at", "trades", "mart", "at_fsr", "trades_fsr", "mart_fsr")
+    found = [trained_for(f"fsr/s3_cifar10_wrn34_10_{row}") for row in rows]
+    assert found == [found[0]] * 6
+    assert found[0]["rates"] == [0.1] * 74 + [0.01] * 15 + [0.001] * 11
+    assert found[0]["optimizer"]["weight_decay"] == 5e-4
+    assert composed("experiment=fsr/s3_cifar10_wrn34_10_mart").inner.eps == 0.031  # the attack is the base's own
+    mart = trained_for("fsr/s1_cifar100_resnet18_mart")
+    assert (mart["rates"][0], len(mart["rates"]), mart["optimizer"]["weight_decay"]) == (0.01, 120, 3.5e-3)
+    assert "our choice" in (FOLDER / "fsr/s3_cifar10_wrn34_10_mart.yaml").read_text()
 
 
 @pytest.mark.slow

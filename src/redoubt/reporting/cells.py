@@ -58,6 +58,7 @@ class Cell:
         suite: The ``attack`` by which the paper measures.
         settings: Further keys of the config, dotted, as the paper or its code has them.
         experiment: Its file in conf/experiment/, where it has one.
+        note: What of the settings is our choice, for that file.
     """
 
     data: str
@@ -67,6 +68,7 @@ class Cell:
     suite: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     experiment: str | None = None
+    note: str = ""
 
     @property
     def axes(self) -> dict[str, str]:
@@ -105,6 +107,16 @@ def _metrics(**names: str) -> dict[str, Measure]:
     return {printed: Measure((ours,)) for ours, printed in names.items()}
 
 
+#: FSR's for CIFAR-10, for bases whose own scripts (conf/recipe/base) have another.
+_RECIPE = {
+    "optimizer.lr": 0.1,
+    "optimizer.weight_decay": 5e-4,
+    "schedule.epochs": 100,
+    "schedule.milestones": [75, 90],
+    "schedule.factors": [0.1, 0.01],
+}
+_NO_RECIPE = "The authors name no recipe for this base and net: that of the table's other rows is our choice."
+
 _FSR: Method = ("fsr", "at", {})
 FSR = Paper(
     "fsr_suite",
@@ -138,11 +150,16 @@ _AFT = {
     "schedule.milestones": [11, 13, 15, 17, 19],
     "schedule.factors": [0.8, 0.4, 0.2, 0.1, 0.05],
 }
+_EPOCH_120 = {**_RECIPE, "trainer.max_epochs": 120}
+_ONLY_EPOCHS = (
+    "No more is known of its recipe than \"epoch 120\", in the names of the authors' checkpoints: FSR's learning rate, "
+    "weight decay and milestones, stretched over 120 epochs, are our choice."
+)
 AFD = Paper(
     "afd_suite",
     {
-        "PGD-AT": ("none", "at", {"trainer.max_epochs": 120}),  # of its recipe no more is known than "epoch 120"
-        "TRADES": ("none", "trades", {}),
+        "PGD-AT": ("none", "at", _EPOCH_120),
+        "TRADES": ("none", "trades", _EPOCH_120),
         "vanilla AFT": ("none", "at", _AFT),
         "AFD": ("afd", "at", {}),
     },
@@ -198,10 +215,13 @@ def cell(table: Published, row: Row) -> Cell | str:
     if not any(value.metric in paper.metrics for value in row.values):
         return "not among our metrics"
     defense, base, settings = method
-    if paper is AFD and data.startswith("cifar") and model == "resnet18" and (defense == "afd" or settings is _AFT):
-        settings = {**settings, "model.stem_padding": 0}  # the net of the authors' natural model on CIFAR
+    note = _ONLY_EPOCHS if settings is _EPOCH_120 else ""
+    if paper is AFD and data.startswith("cifar") and model == "resnet18":
+        settings = {**settings, "model.stem_padding": 0}  # the authors' net on CIFAR
+    if paper is FSR and base in ("trades", "mart") and model == "wrn34_10":
+        settings, note = {**settings, **_RECIPE}, _NO_RECIPE
     name = experiment_name(table, row, data, model) if table.id in WITH_EXPERIMENTS else None
-    return Cell(data, model, defense, base, paper.suite, dict(settings), name)
+    return Cell(data, model, defense, base, paper.suite, dict(settings), name, note)
 
 
 def measure(table: Published, metric: str) -> Measure | str:

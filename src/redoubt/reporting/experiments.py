@@ -38,7 +38,8 @@ def write(folder: Path) -> None:
 def _file(table: Published, row: Row, cell: Cell, earlier: list[Cell]) -> str:
     numbers = ", ".join(f"{value.metric} {value.number}" for value in row.values)
     what = f"{table.title} ({table.source}): {row.dataset}, {row.model}, {row.method}: {numbers}."
-    lines = ["# @package _global_", *textwrap.wrap(what, 118, initial_indent="# ", subsequent_indent="# "), "defaults:"]
+    told = [line for text in (what, cell.note) for line in textwrap.wrap(text, 116)]
+    lines = ["# @package _global_", *(f"# {line}" for line in told), "defaults:"]
     base = _nearest(cell, earlier)
     axes, settings = cell.axes, dict(cell.settings)
     if base is not None:

@@ -28,8 +28,9 @@ DISAGREEMENTS = {
     "fsr": "the separation loss is a sum over samples in print and a mean in the code, as here (defense.lambda_sep); "
     "recipes with TRADES and MART, on CIFAR-100 and Tiny ImageNet are not published (inner, optimizer, schedule)",
     "afd": "the code's stem has no padding (model.stem_padding); it takes three optimizer steps per batch "
-    "(defense.update=joint: one) and decays weights twice; it evaluates the average (evaluation.weights=student: not); "
-    "the length of the natural start (natural.trainer.max_epochs)",
+    "(defense.update=joint: one) and decays weights twice, in its PyTorch three times (defense.update=legacy); it "
+    "evaluates the average (evaluation.weights=student: not); the length of the natural start "
+    "(natural.trainer.max_epochs)",
     "cure": "the authors' code trains by another criterion and loss, with step 0.007, eps 0.031, weight decay 5e-4 and "
     "a decay that warms up (experiment=cure_code_resnet18_cifar10 has all of its keys); its KL weighs 5 and not 1 "
     "(base.beta); frozen weights still feel momentum and decay (defense.freeze=update: not)",
