@@ -22,7 +22,7 @@ import filelock
 import redoubt
 from redoubt import config, deadline
 from redoubt.errors import UserError
-from redoubt.runs.files import cannot_write, read_json, write_json
+from redoubt.runs.files import cannot_write, or_died, read_json, write_json
 from redoubt.runs.identity import digest
 from redoubt.runs.store import Run
 
@@ -74,10 +74,8 @@ class Sweep:
 
     def record(self, key: str) -> dict[str, Any]:
         """What is known of a cell: ``state``, ``reason``, ``run``, ``code``, ``results``, ``started``, ``ended``."""
-        stored = read_json(self.folder / "cells" / f"{key}.json") or {"state": "missing"}
-        if stored["state"] == "running" and not self.locked(key):
-            return {**stored, "state": "interrupted", "reason": f"process {stored['pid']} on {stored['host']} died"}
-        return stored
+        file = self.folder / "cells" / f"{key}.json"
+        return or_died(lambda: read_json(file) or {"state": "missing"}, lambda: self.locked(key))
 
     def done(self, key: str, evaluations: Sequence[Sequence[str]]) -> bool:
         """Whether a cell is finished, by this code and these configs, with all these evaluations."""
@@ -95,7 +93,7 @@ class Sweep:
         try:
             with self.hold(key, timeout=0.5):
                 return False
-        except Taken:
+        except UserError:  # taken, or on a read-only disk, where it cannot be asked
             return True
 
     def free(self, key: str) -> bool:

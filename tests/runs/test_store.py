@@ -148,6 +148,37 @@ def test_a_run_that_died_is_interrupted(run: Run, holder: subprocess.Popen[str])
     assert str(holder.pid) in status["reason"]
 
 
+def test_a_run_that_ends_between_two_looks_has_not_died(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its status says ``running`` when it is read, and its lock is free when that is asked."""
+    run.update(state="running")
+    truly = Run.locked
+
+    def ends(self: Run) -> bool:
+        monkeypatch.setattr(Run, "locked", truly)
+        with self.lock():
+            self.update(state="done")
+        return False
+
+    monkeypatch.setattr(Run, "locked", ends)
+    assert run.status["state"] == "done"
+
+
+def test_a_run_that_ends_and_is_taken_up_between_two_looks_is_running(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.update(state="running", epoch=1)
+    asked: list[bool] = []
+
+    def taken_up(self: Run) -> bool:
+        if not asked:
+            self.update(state="running", epoch=2)
+        asked.append(len(asked) > 0)
+        return asked[-1]
+
+    monkeypatch.setattr(Run, "locked", taken_up)
+    assert (run.status["state"], run.status["epoch"]) == ("running", 2)
+
+
 def test_two_processes(run: Run, holder: subprocess.Popen[str], caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match=f"in use by process {holder.pid}"), run.lock(wait=False):
         pass

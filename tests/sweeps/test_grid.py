@@ -108,6 +108,29 @@ def test_a_cell_at_which_another_process_works_is_passed_over(shell: Shell, monk
             pass
 
 
+def test_a_cell_that_ends_between_two_looks_has_not_died(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here between the record, which says ``running``, and the question whether anybody holds its lock."""
+    sweep = sweeps.Sweep(Path("outputs/sweeps/g").absolute())
+    (key,) = sweep.add([["seed=0"]], [["attack=none"]])
+    file = sweep.folder / "cells" / f"{key}.json"
+    truly = sweeps.Sweep.locked
+    with sweep.cell(key, [["attack=none"]]) as noted:
+        assert sweep.record(key)["state"] == "running"
+        running = file.read_text()
+        noted["results"] = []
+    ended = file.read_text()
+    file.write_text(running)
+
+    def locked(self: sweeps.Sweep, asked: str) -> bool:
+        file.write_text(ended)
+        return truly(self, asked)
+
+    monkeypatch.setattr(sweeps.Sweep, "locked", locked)
+    said = shell("report", "status").out
+    assert "1 done" in said
+    assert "died" not in said
+
+
 def test_killed_in_the_middle(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = [*GRID, "attack=none", "seed=0,1,2"]
     killed(4, *grid)  # three steps make a cell

@@ -199,6 +199,8 @@ def _removed(store: Store, runs: list[Run], checkpoints: list[tuple[Run, Path]])
         shutil.rmtree(left, ignore_errors=True)
     for run in runs:
         try:
+            if run.status["state"] == "done":  # started again, and ended, while the question stood
+                raise UserError(f"run {run.name} is done by now")
             freed += store.remove(run)
         except UserError as error:  # started again since it was listed
             print(f"kept: {error}")

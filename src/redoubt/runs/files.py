@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,24 @@ def read_json(path: Path | str) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def or_died(read: Callable[[], dict[str, Any]], locked: Callable[[], bool]) -> dict[str, Any]:
+    """What a status says; one that says ``running`` while nobody holds the lock has died: ``interrupted``.
+
+    It is read again after the lock was found free: whoever held it may have ended, and said how, in the meantime.
+
+    Args:
+        read: Reads the status.
+        locked: Whether a process holds the lock.
+    """
+    said = read()
+    while said["state"] == "running" and not locked():
+        before, said = said, read()
+        if said == before:
+            reason = f"process {said.get('pid')} on {said.get('host')} died"
+            return {**said, "state": "interrupted", "reason": reason}
+    return said
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -142,12 +142,13 @@ class Run:
     @property
     def status(self) -> dict[str, Any]:
         """The status; a run that says ``running`` while nobody holds its lock has died: ``interrupted``."""
+        return files.or_died(lambda: self._said, self.locked)
+
+    @property
+    def _said(self) -> dict[str, Any]:
         stored = files.read_json(self.status_file)
         if stored is None or stored.get("state") not in STATES:
             return {"state": "created", "reason": "status.json is missing or damaged"}
-        if stored["state"] == "running" and not self.locked():
-            reason = f"process {stored.get('pid')} on {stored.get('host')} died"
-            return {**stored, "state": "interrupted", "reason": reason}
         return stored
 
     def update(self, **fields: Any) -> None:
