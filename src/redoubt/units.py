@@ -59,8 +59,8 @@ def seeds_of(value: float | str) -> int:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03, or 4.2 s."""
-    if seconds < 60:
+    """1:02:03, or 4.2 s; hours are never folded into days."""
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)

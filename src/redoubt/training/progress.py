@@ -1,7 +1,8 @@
-"""A bar on a terminal, a line per epoch elsewhere; neither waits for the device."""
+"""A bar on a terminal, which never waits for the device; a line per epoch elsewhere."""
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from rich.progress import (
 )
 
 from redoubt.training.distributed import ranks
+from redoubt.units import clock
 
 console = Console(stderr=True, soft_wrap=True)
 
@@ -33,6 +35,11 @@ def _progress(**options: Any) -> Progress:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(), TextColumn("{task.fields[notes]}"), console=console, **options,
     )  # fmt: skip
+
+
+def _loss(module: Any) -> str:
+    """The latest loss that was read off the device; nothing before the first."""
+    return "" if math.isnan(module.watch.shown) else f"loss {module.watch.shown:.4f}"
 
 
 class ProgressBar(Callback):
@@ -60,10 +67,8 @@ class ProgressBar(Callback):
         if self.bar is None or time.monotonic() - self._drawn < 0.2:
             return
         self._drawn = time.monotonic()
-        notes = (
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} loss {pl_module.watch.shown:.3f} {self.accuracies}"
-        )
-        self.bar.update(self.task, completed=pl_module.steps_done, notes=notes)
+        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", _loss(pl_module), self.accuracies]
+        self.bar.update(self.task, completed=pl_module.steps_done, notes=" ".join(filter(None, parts)))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
@@ -71,13 +76,11 @@ class ProgressBar(Callback):
         if not self.enabled or self.bar is not None:
             return
         done = pl_module.steps_done
+        pl_module.watch.look(done, now=True)  # the module does so too, next
         rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) / max(rate, 1e-9)))
-        console.print(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} step {done}/{self.total} "
-            f"loss {pl_module.watch.shown:.4f} {self.accuracies} left {left}",
-            highlight=False,
-        )
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} step {done}/{self.total}"
+        parts = [epoch, _loss(pl_module), self.accuracies, f"left {clock((self.total - done) / max(rate, 1e-9))}"]
+        console.print(" ".join(filter(None, parts)), highlight=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
