@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.processes import QUIET, ROOT, Command, redoubt, warm_up
+from rich.console import Console
+from tests.processes import QUIET, ROOT, Command, redoubt, start, warm_up
 
+from redoubt import cli
 from redoubt.build import build_module
 from redoubt.runs.files import read_rows
 from redoubt.runs.store import Run, Store
@@ -175,6 +178,50 @@ def _test_images() -> tuple[torch.Tensor, torch.Tensor]:
 
     images, labels = build_data(config.resolve(config.compose(SMALL))).arrays("test")
     return images.float() / 255, labels
+
+
+#: Standard output and the error output are a pipe whose reader has left, as after ``2>&1 | head``.
+LEFT = "r, w = os.pipe(); os.dup2(w, 1); os.dup2(w, 2); os.close(w); os.close(r)"
+
+
+def test_a_training_whose_reader_has_left_goes_on(tmp_path: Path) -> None:
+    words = [*(word for word in SMALL if not word.startswith(("attack", "trainer.progress"))), "attack=fgsm"]
+    assert start(tmp_path, "train", *words, before=LEFT).end().code == 0
+    run = only_run(tmp_path)
+    assert run.status["state"] == "done"
+    assert len(run.evaluations()) == 1
+
+
+@pytest.mark.parametrize("command", [("runs", "ls"), ("runs", "ls", "--json"), ("eval", "attack=fgsm"), ("--help",)])
+def test_commands_whose_reader_has_left_end_well(trained: tuple[Path, Command], command: tuple[str, ...]) -> None:
+    folder, _ = trained
+    words = (*command, f"run={only_run(folder).name}") if command[0] == "eval" else command
+    assert start(folder, *words, before=LEFT).end().code == 0
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_output_goes_nowhere_once_its_reader_has_left(unbuffered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    raw = io.FileIO(write, "w")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw),
+                                                        write_through=unbuffered))  # fmt: skip
+    cli._outlast_readers()
+    outer = sys.stdout
+    print("read", flush=True)
+    assert os.read(read, 100) == b"read\n"
+    os.close(read)
+    print("x" * 100_000, flush=True)
+    Console().print("not read")  # rich would exit
+    assert os.path.samestat(os.fstat(write), os.stat(os.devnull))
+    cli._outlast_readers()
+    assert sys.stdout is outer
+
+
+def test_a_full_disk_is_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+    cli._outlast_readers()
+    with pytest.raises(OSError, match="No space left"):
+        print("lost", flush=True)
 
 
 def test_plan_prints_and_leaves_nothing(tmp_path: Path) -> None:

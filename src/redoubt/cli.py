@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import re
+import stat
 import sys
 import traceback
 from contextlib import ExitStack, suppress
@@ -49,15 +52,53 @@ def main(command: str | None = None) -> None:
     arguments = [a for a in arguments if a != "--debug"]
     if command is None:
         command = arguments.pop(0) if arguments else "--help"
+    _outlast_readers()
     try:
         code = _run(command, arguments, debug)
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except (Exception, KeyboardInterrupt) as error:
         code = _report(error, debug)
     sys.exit(code)
+
+
+class _Outlet(io.FileIO):
+    """A pipe or terminal whose reader may leave, as `head` does: from then on what is written goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EIO, errno.EBADF):  # EIO: a closed terminal's
+                raise
+            if error.errno != errno.EBADF:  # of a descriptor that was closed, another file may have the number by now
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+            return len(data)
+
+
+def _outlast_readers() -> None:
+    """Lets the work go on, to its end, where nobody reads standard output or the error output any more."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed from the beginning
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            continue
+        try:
+            number = stream.fileno()
+            mode = os.fstat(number).st_mode
+        except (OSError, ValueError):  # none of the system's
+            continue
+        raw = getattr(stream.buffer, "raw", stream.buffer)
+        if isinstance(raw, _Outlet) or not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
+            continue
+        stream.flush()
+        outlet: Any = _Outlet(number, "w", closefd=False)
+        outlet.before = stream  # which would close the descriptor once nobody refers to it
+        buffer = outlet if stream.write_through else io.BufferedWriter(outlet)
+        lines, through = stream.line_buffering, stream.write_through
+        made = io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=lines, write_through=through)
+        setattr(sys, name, made)
 
 
 def _run(command: str, arguments: list[str], debug: bool) -> int:
@@ -165,6 +206,7 @@ def _cell(command: str, cfg: DictConfig, overrides: list[str], debug: bool) -> t
     """
     from redoubt import sweeps
 
+    _outlast_readers()  # in a sweep's worker too
     noted: dict[str, Any] = {}
     with ExitStack() as stack:
         try:
