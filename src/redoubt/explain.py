@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from redoubt import config
-from redoubt.errors import UserError, did_you_mean, shown
+from redoubt.errors import UserError, did_you_mean, meant, shown
 
 _OURS = "leave it out: each command has its own config, and a folder of yours is given by --config-dir"
 #: What is said, and what to tell.
@@ -134,7 +134,11 @@ def _siblings(key: str, root: str | None) -> str:
         if not isinstance(node, DictConfig):
             node, leaf = cfg, key.split(".")[0]
         names = [str(k) for k in node if k not in ("_target_", "axes")]
-        return ": it is one of another option" if leaf in names else did_you_mean(leaf, names)
+        if leaf in names:
+            return ": it is one of another option"
+        others = meant(key, OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
+        lost = node is cfg and parent  # beside it there is nothing
+        return did_you_mean(leaf, [] if lost and others else names, others)
     except Exception:  # a hint must never hide the error that it explains
         return ""
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from redoubt.errors import UserError, did_you_mean, shown
+from redoubt.errors import UserError, did_you_mean, meant, shown
 from redoubt.kinds import Kind, flag, listed, name, number, one_of, optional, positive, text, whole
 
 
@@ -152,7 +152,7 @@ def complete(tree: Mapping[str, Any], command: str) -> None:
     schema = COMMANDS[command]
     for key in tree:
         if key not in schema and key != "axes":
-            raise _unknown(key, [*schema])
+            raise _unknown(key, [*schema], tree)
     _complete(tree, schema, "")
     if "attack" not in schema:
         return
@@ -190,10 +190,11 @@ def _missing(key: str) -> UserError:
     return UserError(f"{key} is missing: give it a value, and leave ~{key} out")
 
 
-def _unknown(key: str, names: list[str]) -> UserError:
+def _unknown(key: str, names: list[str], tree: Mapping[str, Any] | None = None) -> UserError:
     if key == "experiment":
         return UserError("experiment: its file is not read as one: begin it with the line  # @package _global_")
-    return UserError(f"{key} is not a key of this config{did_you_mean(key.rpartition('.')[2], names)}")
+    others = meant(key, {name: value for name, value in (tree or {}).items() if name != key})
+    return UserError(f"{key} is not a key of this config{did_you_mean(key.rpartition('.')[2], names, others)}")
 
 
 def _how(key: str, section: Mapping[str, Any]) -> str:
