@@ -100,7 +100,7 @@ WORDS = [
     case("train optimizer.learning_rate=1", "did you mean optimizer.lr?"),
     case("train trainer.lr=1", "did you mean optimizer.lr?"),
     case("train dataset=svhn", "did you mean data?"),
-    case("train defense=fsr tau=1", "did you mean defense.tau?"),
+    case("train momentum=0", "did you mean optimizer.momentum?"),
     case("train +seeds=1", "seeds is not a key", "did you mean seed"),
     case("train +optimizer.momentun=1", "optimizer.momentun", "did you mean momentum"),
     case("train ++optimizer.lrr=0.5", "optimizer.lrr", "did you mean lr"),

@@ -83,7 +83,8 @@ def plot(
     Args:
         outputs: The folder that holds ``runs/``.
         figure: ``scatter``, ``curves``, ``sweep``, ``eps``, ``iterations``, ``gap`` (AFD), ``updates`` (CURE),
-            ``examples``; all that there is data for by default.
+            ``examples``; or ``all`` that there is data for. By default those that compare runs; the last three, of
+            which every run has its own, where ``runs`` names some.
         to: The folder to write to (default: ``<outputs>/figures``).
         runs: A run or ``[several]``, by name, hash or an unambiguous part; all by default.
         metric: The accuracy of scatter and sweep, as ``pgd20`` (default: ensemble, autoattack or pgd20).
@@ -97,13 +98,17 @@ def plot(
     choice = _choice(records(outputs), _names(runs, outputs), metric, suite)
     folder = Path(to or Path(outputs) / "figures")
     written = 0
-    for name in FIGURES if figure in (None, "all") else [str(figure)]:
+    whole = figure == "all" or (figure is None and runs is not None)
+    for name in FIGURES if whole else COMPARING if figure is None else [str(figure)]:
         for stem, drawn in FIGURES[name](choice):
             _save(drawn, folder / re.sub(r"[^\w.+-]+", "_", stem))
             written += 1
     if not written:
-        raise UserError(f"figure={figure or 'all'}: no run has data for it in {outputs}; evaluate, audit or train some")
+        which, hint = (f"figure={figure}: ", "") if figure else ("", ", or take figure=all")
+        raise UserError(f"{which}no run has data for it in {outputs}; evaluate, audit or train some{hint}")
     print(f"{written} {'figure' if written == 1 else 'figures'} as PNG and PDF in {folder}")
+    if figure is None and not whole:
+        print("of each run by itself (gap, updates, examples): figure=all, or runs=NAME")
 
 
 def _names(runs: str | list[str] | None, outputs: str) -> set[str] | None:
@@ -254,3 +259,5 @@ FIGURES: dict[str, Callable[[Choice], Named]] = {
     "updates": _updates,
     "examples": _examples,
 }
+#: Those that show several runs together.
+COMPARING = ("scatter", "curves", "sweep", "eps", "iterations")
