@@ -119,6 +119,7 @@ def origin(run: Run, net: nn.Module) -> dict[str, Any]:
     defense = {key: value for key, value in cfg["defense"].items() if key != "pretrained"}
     return {
         "run": run.name,
+        "classes": run.classes(),
         "model": model,
         "defense": None if plain[0] == plain[1] else defense,
         "data": {key: cfg["data"][key] for key in ("num_classes", "image_size")},
@@ -153,7 +154,7 @@ def _traced(net: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
 
 def _program(net: nn.Module, x: Tensor, facts: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    torch.export.save(_traced(net, x), buffer)
+    torch.export.save(_traced(net, x), buffer, extra_files={"classes.json": json.dumps(facts["classes"])})
     return buffer.getvalue()
 
 
@@ -161,6 +162,7 @@ def _onnx(net: nn.Module, x: Tensor, facts: dict[str, Any]) -> bytes:
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
     made = torch.onnx.export(_traced(net, x), (), verbose=False, **names)  # verbose prints to stdout
     assert made is not None
+    made.model_proto.metadata_props.add(key="classes", value=json.dumps(facts["classes"]))
     return made.model_proto.SerializeToString()
 
 

@@ -35,7 +35,7 @@ from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
 from redoubt.runs.files import read_json
 from redoubt.runs.identity import canonical, deciding, digest, leaves, plain
-from redoubt.runs.loading import load, weights_hash
+from redoubt.runs.loading import classes_of, load, weights_hash
 from redoubt.runs.store import Run, Store
 from redoubt.secrets import HIDDEN
 from redoubt.sweeps import judges
@@ -210,6 +210,7 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     data = _data(cfg)
     module = build_module(cfg)
     load_backbone(module.net, Path(str(cfg.checkpoint)))
+    module.classes = classes_of(Path(str(cfg.checkpoint)))
     folder = Path(cfg.paths.outputs) / "eval"
     results = _judge(module, cfg, data, Path(str(cfg.checkpoint)).stem, str(cfg.checkpoint), folder)
     _show([results], folder / results["evaluation"])
@@ -238,6 +239,7 @@ def audit(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         cfg.compile = False
         module, which = build_module(cfg), str(cfg.checkpoint)
         load_backbone(module.net, Path(which))
+        module.classes = classes_of(Path(which))
         name, folder, weights_id = Path(which).stem, Path(cfg.paths.outputs), _weights_id(module, cfg)
     radius(suite(plain(cfg.attack)))  # before the natural twin is trained
     data = _data(cfg)

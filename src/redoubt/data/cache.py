@@ -37,11 +37,13 @@ class Decoded:
         images: uint8 ``[N, 3, H, W]``; a private map of the cache's file, or an ordinary tensor.
         labels: int64 ``[N]``.
         fingerprint: ``<name>/<split>@official`` for the published files, else ``sha256:...`` of both tensors.
+        classes: The classes' names in the order of the labels, where the source has some.
     """
 
     images: Tensor
     labels: Tensor
     fingerprint: str
+    classes: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Description:
     official: bool
     shape: list[int]
     labels: list[int]
+    classes: list[str] | None = None
 
 
 def load(source: Source, split: str) -> Decoded:
@@ -107,7 +110,7 @@ def _open(source: Source, split: str, stem: Path) -> Decoded | None:
         return None
     if source.signature(split) != about.signature or (source.must_match and not about.official):
         return None
-    return Decoded(torch.from_numpy(images), labels, about.fingerprint)
+    return Decoded(torch.from_numpy(images), labels, about.fingerprint, about.classes)
 
 
 def _decode(source: Source, split: str) -> Decoded:
@@ -120,7 +123,7 @@ def _decode(source: Source, split: str) -> Decoded:
 
     labels = _checked(source, split, source.decode(split, allocate))
     fingerprint = _fingerprint(source, split, official, made[0], labels)
-    return Decoded(torch.from_numpy(made[0]), torch.from_numpy(labels), fingerprint)
+    return Decoded(torch.from_numpy(made[0]), torch.from_numpy(labels), fingerprint, source.classes(split))
 
 
 def _build(source: Source, split: str, stem: Path) -> Decoded:
@@ -138,9 +141,10 @@ def _build(source: Source, split: str, stem: Path) -> Decoded:
     try:
         labels = _checked(source, split, source.decode(split, allocate))
         fingerprint = _fingerprint(source, split, official, made[0], labels)
-        about = Description(signature, fingerprint, official, list(made[0].shape), labels.tolist())
+        classes = source.classes(split)
+        about = Description(signature, fingerprint, official, list(made[0].shape), labels.tolist(), classes)
         if not isinstance(made[0], np.memmap):
-            return Decoded(torch.from_numpy(made[0]), torch.from_numpy(labels), fingerprint)
+            return Decoded(torch.from_numpy(made[0]), torch.from_numpy(labels), fingerprint, classes)
         made[0].flush()
         made.clear()  # unmapped: the file is mapped anew below
         json_part.write_text(json.dumps(asdict(about)))
@@ -150,7 +154,7 @@ def _build(source: Source, split: str, stem: Path) -> Decoded:
         images_part.unlink(missing_ok=True)
         json_part.unlink(missing_ok=True)
     images = np.load(stem.with_suffix(".npy"), mmap_mode="c", allow_pickle=False)
-    return Decoded(torch.from_numpy(images), torch.from_numpy(labels), fingerprint)
+    return Decoded(torch.from_numpy(images), torch.from_numpy(labels), fingerprint, classes)
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from redoubt.data import classes
 from redoubt.data.module import ImageData
 from redoubt.data.official import CIFARBatches, Official
 from redoubt.data.source import Allocate, Generated, Source
@@ -22,6 +23,7 @@ class CIFAR10(ImageData):
     """CIFAR-10: 50,000 training and 10,000 test images of 10 classes, 32 x 32."""
 
     name = "cifar10"
+    names = classes.CIFAR10
     published = (50_000, 10_000)
 
     def official(self) -> Official:
@@ -32,6 +34,7 @@ class CIFAR100(ImageData):
     """CIFAR-100: 50,000 training and 10,000 test images of 100 (fine) classes, 32 x 32."""
 
     name = "cifar100"
+    names = classes.CIFAR100
     published = (50_000, 10_000)
 
     def official(self) -> Official:
@@ -42,6 +45,7 @@ class SVHN(ImageData):
     """Street View House Numbers, cropped digits: 73,257 training and 26,032 test images, 32 x 32."""
 
     name = "svhn"
+    names = classes.DIGITS
     published = (73_257, 26_032)
 
     def official(self) -> Official:
@@ -65,6 +69,7 @@ class Digits(ImageData):
     """scikit-learn's 1,797 handwritten digits as three equal channels; nothing to download."""
 
     name = "digits"
+    names = classes.DIGITS
 
     def official(self) -> Source:
         return DigitsSource(**self.where())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from redoubt.data.classes import in_order, shortened
 from redoubt.data.images import SUFFIXES, UNREAD, decode_images, looks_like_image
 from redoubt.data.source import Allocate, Source
 from redoubt.errors import UserError
@@ -27,12 +28,7 @@ def class_folders(folder: Path) -> list[str]:
     """Names of the sub-folders of a split: their places are the labels. Numbers are sorted as such, else by text."""
     with os.scandir(folder) as found:
         names = [e.name for e in found if e.is_dir() and not e.name.startswith(".")]
-    return sorted(names, key=lambda name: (int(name), name)) if are_numbers(names) else sorted(names)
-
-
-def are_numbers(names: list[str]) -> bool:
-    """Whether all names are whole numbers."""
-    return bool(names) and all(name.isascii() and name.isdigit() for name in names)
+    return in_order(names)
 
 
 class Scan:
@@ -104,11 +100,6 @@ class Scan:
         named = entry.name.lower().endswith((*UNREAD, *SUFFIXES))
         image = named or (entry.is_file() and looks_like_image(entry.path))
         (self.unread if image else self.others).append(entry.path)
-
-
-def shortened(names: Sequence[str]) -> str:
-    """Names for one line."""
-    return ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:10])}, ... {names[-1]}"
 
 
 def _count(n: int, noun: str) -> str:
@@ -196,7 +187,7 @@ class Folder(Source):
             raise UserError(f"{folder}: this is Tiny ImageNet's official layout; set data.source=official")
         listed = list_classes(folder, self.num_classes, f"{self.name} {split}")
         names = class_folders(folder)
-        if are_numbers(names) and names != sorted(names):
+        if names != sorted(names):
             log.info("%s: its classes are numbers and in their order (%s)", folder, shortened(names))
         if train is not None and class_folders(folder) != class_folders(train):
             odd = sorted(set(class_folders(folder)) ^ set(class_folders(train)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from redoubt.data import classes
 from redoubt.data.augment import resolve
 from redoubt.data.cache import Decoded, load
 from redoubt.data.checks import check_options
@@ -19,8 +22,16 @@ from redoubt.data.source import Fake, Source
 from redoubt.data.subsets import first, probe_rows, training_rows
 from redoubt.errors import UserError
 
+log = logging.getLogger("redoubt")
+
 #: Seed of the order that `limit_test` takes from: not the run's, so that all runs see the same test images.
 TEST_SEED = 0
+
+
+@functools.cache
+def said(line: str) -> None:
+    """A line of the log that a process says once."""
+    log.info(line)
 
 
 def _whole(split: str) -> str:
@@ -59,6 +70,8 @@ class ImageData(LightningDataModule):
     name: str
     #: Images of the published (training, test) split.
     published: tuple[int, int] = (0, 0)
+    #: The classes' names in the published files, in the order of the labels.
+    names: Sequence[str] | None = None
     #: With few test images a rank may have none.
     allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -148,6 +161,40 @@ class ImageData(LightningDataModule):
     def fingerprint(self, split: str) -> str:
         """Identity of the whole "train" or "test" split, before limits: see `redoubt.data.cache.Decoded`."""
         return self._split(split).fingerprint
+
+    # -- what the labels mean
+
+    def classes(self, split: str) -> list[str] | None:
+        """The classes' names in the order of the labels of "train" or "test"; None where they have none."""
+        found = self._split(split).classes
+        published = self.names if self.source == "official" else None
+        return found or (list(published) if published is not None and len(published) == self.num_classes else None)
+
+    def old_order(self) -> list[str] | None:
+        """The classes of the test split in the order of text, which nets that name no classes were trained in."""
+        names = self.classes("test")
+        return None if names is None else sorted(names)
+
+    def places(self, names: Sequence[str] | None, owner: str = "the net") -> list[int] | None:
+        """The label of each class of the test split for a net whose classes have these names; None: as they are.
+
+        A net without names is taken to have been trained in the old order, which is said once.
+
+        Raises:
+            UserError: The names are not the same; the line has them.
+        """
+        found, old = self.classes("test"), self.old_order()
+        if found is None or old is None:
+            return None
+        if names is None and old:
+            said(f"{owner} does not name its classes: its labels are taken in the order {classes.shortened(old)}")
+        return classes.places(found, old if names is None else names, (f"the test images in {self.root}", owner))
+
+    def test_for(self, names: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+        """Images and labels of the test split, as `arrays`, the labels those of a net with these classes."""
+        images, labels = self.arrays("test")
+        order = self.places(names)
+        return images, labels if order is None else torch.tensor(order)[labels]
 
     # -- which of them
 

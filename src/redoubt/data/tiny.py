@@ -32,6 +32,7 @@ class TinyZip(Official):
     """``tiny-imagenet-200.zip``, read without unpacking. Labels: places among the sorted training wnids."""
 
     version = 2
+    _classes: list[str] | None = None  # once it is decoded
 
     def remote(self, split: str) -> Remote:
         return ZIP
@@ -53,6 +54,7 @@ class TinyZip(Official):
                     raise ValueError("an image is twice in it")
                 if len(files) > self.most[split]:
                     raise ValueError(f"it holds more than {self.most[split]} images")
+                self._classes = wnids
                 labels = to_labels(files, wnids, self.num_classes, path)
                 self._fill(split, allocate, [n for n, _ in files], lambda n: io.BytesIO(_content(archive, n)))
         except UserError:
@@ -60,6 +62,9 @@ class TinyZip(Official):
         except Exception as e:  # zipfile, zlib and others raise a dozen kinds for a damaged file
             raise unreadable(path, e, ZIP.url) from e
         return labels
+
+    def classes(self, split: str) -> list[str] | None:
+        return self._classes
 
     def _fill(self, split: str, allocate: Allocate, names: list[str], read: Callable[[str], str | IO[bytes]]) -> None:
         decode_images(allocate(len(names)), names, read, f"{self.name} {split}")
@@ -95,7 +100,8 @@ class TinyFolder(TinyZip):
 
     def decode(self, split: str, allocate: Allocate) -> np.ndarray:
         files = self._files(split)
-        labels = to_labels(files, class_folders(self.folder / "train"), self.num_classes, self.folder)
+        self._classes = class_folders(self.folder / "train")
+        labels = to_labels(files, self._classes, self.num_classes, self.folder)
         self._fill(split, allocate, [path for path, _ in files], lambda path: path)
         return labels
 

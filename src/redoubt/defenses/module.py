@@ -57,6 +57,10 @@ class RobustModule(LightningModule):
         fold: Attacks go through convolution and BatchNorm as one; never where the net is compiled.
     """
 
+    #: The names of the classes that it was trained on, in the order of its logits, where they are known.
+    classes: list[str] | None = None
+    #: The order in which an evaluation takes its logits, where it is not their own.
+    columns: list[int] | None = None
     #: Bases that the defense is defined with.
     bases: tuple[str, ...] = ("standard", "at", "trades", "mart")
     #: What ``evaluation.weights`` may name.

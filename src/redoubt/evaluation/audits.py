@@ -55,7 +55,9 @@ def audited(
     Raises:
         TimeUp: The time is up; the checks that are done are kept.
     """
-    images, labels = (t[: int(keys["images"])] for t in data.arrays("test"))
+    images, labels = (t[: int(keys["images"])] for t in data.test_for(module.classes))
+    if source is not None:
+        source = source.sorted_as(module, data)
     seed = int(tree["evaluation"]["seed"])
     decisive = {
         "attack": tree["attack"],
@@ -65,6 +67,7 @@ def audited(
         "source": source.identity if source else None,
         "test": data.fingerprint("test"),
         "balanced": data.limit_test is not None,
+        "classes": data.places(module.classes),
         "n": len(labels),
         "numerics": redoubt.NUMERICS,
     }

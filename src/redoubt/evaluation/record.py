@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from redoubt.data import ImageData
+from redoubt.data.classes import places
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation import audits
@@ -29,6 +30,19 @@ class Source:
 
     module: RobustModule
     identity: str
+
+    def sorted_as(self, judged: RobustModule, data: ImageData) -> Source:
+        """The net with its logits in the order of another net's classes.
+
+        Raises:
+            UserError: Their classes are not the same.
+        """
+        own, wanted = (net.classes or data.old_order() for net in (self.module, judged))
+        if own is None or wanted is None:
+            return self
+        columns = places(wanted, own, ("the net", "the one that transfer attacks are crafted on"))
+        self.module.columns = columns
+        return self if columns is None else replace(self, identity=f"{self.identity} {columns}")
 
 
 def evaluate(
@@ -62,8 +76,10 @@ def evaluate(
     attack, options = dict(tree["attack"]), tree["evaluation"]
     chosen = suite(attack)
     on = source() if chosen.on_source and source is not None else None
+    order = data.places(module.classes, facts["run"])
+    on = on.sorted_as(module, data) if on is not None else None
     identities = [facts["checkpoint"], facts["weights"], weights_id, *([on.identity] if on else [])]
-    name = evaluation_name(tree, data, identities)
+    name = evaluation_name(tree, data, identities, order)
     same({"test set": data.fingerprint("test"), "weights": weights_id, "evaluation": name})
     save = options.get("save")
     if folder is not None and not save:
@@ -73,7 +89,7 @@ def evaluate(
             return {**stored, **audits.marks(folder, stored, attack)}
     if on is not None:
         chosen = chosen.crafted_on(on.identity)
-    images, labels = (t[:limit] for t in data.arrays("test"))
+    images, labels = (t[:limit] for t in data.test_for(module.classes))
     for key, own in (("num_classes", module.num_classes), ("image_size", module.image_size)):
         if getattr(data, key) != own:
             raise UserError(f"data.{key}={getattr(data, key)}, but the net was made for {own}: leave it as it was")
@@ -83,6 +99,7 @@ def evaluate(
         "weights": weights_id,
         "test": data.fingerprint("test"),
         "balanced": data.limit_test is not None,  # then in another order
+        "classes": order,
     }
     kept = Kept(folder / "kept", common, save) if folder is not None else None
     judge = Judge(
@@ -104,11 +121,11 @@ def evaluate(
     if on is not None:
         results["source"] = on.identity
     if folder is not None and ranks()[0] == 0:
-        _write(folder / name, results, verdicts, data, labels.numpy(), tree, judge.files)
+        _write(folder / name, results, verdicts, data, labels.numpy(), tree, judge.files, module.classes)
     return results
 
 
-def evaluation_name(tree: Mapping[str, Any], data: ImageData, weights: list[str]) -> str:
+def evaluation_name(tree: Mapping[str, Any], data: ImageData, weights: list[str], order: list[int] | None) -> str:
     """``<attack>-<hash>``: the hash is of everything that decides the verdicts."""
     decisive = {
         "attack": tree["attack"],
@@ -119,6 +136,7 @@ def evaluation_name(tree: Mapping[str, Any], data: ImageData, weights: list[str]
         "weights": weights,
         "test": data.fingerprint("test"),
         "limit": data.limit_test,
+        "classes": order,
     }
     return f"{tree['axes']['attack']}-{digest(decisive)}"
 
@@ -175,11 +193,12 @@ def _write(
     labels: np.ndarray,
     tree: Mapping[str, Any],
     files: Mapping[str, Path],
+    classes: list[str] | None,
 ) -> None:
     rows = data.index("test")
     index = np.arange(len(labels)) if rows is None else rows.numpy()[: len(labels)]
     _write_arrays(folder / "verdicts.npz", {"index": index, "label": labels, **verdicts})
-    _write_examples(folder / "examples.npz", index, labels, files)
+    _write_examples(folder / "examples.npz", index, labels, files, classes)
     kept = {name: file.name for name, file in files.items()}
     write_json(
         folder / "attack.json",
@@ -188,7 +207,9 @@ def _write(
     write_json(folder / "results.json", results)  # last: a folder with results is a complete one
 
 
-def _write_examples(path: Path, index: np.ndarray, labels: np.ndarray, files: Mapping[str, Path]) -> None:
+def _write_examples(
+    path: Path, index: np.ndarray, labels: np.ndarray, files: Mapping[str, Path], classes: list[str] | None
+) -> None:
     """What the attacks made of the first few test images, to be looked at; older verdicts have none."""
     arrays: dict[str, np.ndarray] = {}
     for name, file in files.items():
@@ -196,7 +217,8 @@ def _write_examples(path: Path, index: np.ndarray, labels: np.ndarray, files: Ma
         arrays |= {key + end: array for end, array in shown_of(file).items()}
     if "clean" in arrays:
         n = len(arrays["clean"])
-        _write_arrays(path, {"index": index[:n], "label": labels[:n], **arrays})
+        named = {"classes": np.array(classes)} if classes else {}
+        _write_arrays(path, {"index": index[:n], "label": labels[:n], **arrays, **named})
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -48,7 +48,7 @@ def rescore(
     if not record.get("evaluation", {}).get("save"):
         raise UserError(f"{folder} kept no adversarial examples: evaluate with evaluation.save=float32 or uint8 first")
     verdicts = read_arrays(folder / "verdicts.npz")
-    images, labels = data.arrays("test")
+    images, labels = data.test_for(module.classes)
     n, chunk = len(verdicts["label"]), int(record["evaluation"]["chunk"])
     if len(labels) < n or not np.array_equal(labels[:n].numpy(), verdicts["label"]):
         raise UserError(f"{folder} is of other test images than these: give the same data, data.limit_test={n}")

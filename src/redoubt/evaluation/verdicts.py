@@ -357,7 +357,8 @@ def judge(module: RobustModule, images: Tensor, labels: Tensor, suite: Suite, **
 
 def logits_of(module: RobustModule, x: Tensor) -> Tensor:
     """Logits [B, K] of images [B, 3, H, W], in the memory format that the module computes in."""
-    return module.logits(in_format(module, x))
+    z, columns = module.logits(in_format(module, x)), getattr(module, "columns", None)
+    return z if columns is None else z[:, columns]
 
 
 def in_format(module: RobustModule, x: Tensor) -> Tensor:

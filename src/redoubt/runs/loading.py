@@ -66,6 +66,7 @@ def load(
     if compile is not None:
         cfg.compile = compile
     module = build_module(cfg)
+    module.classes = run.classes()
     restore(module, content, file)
     return module
 
@@ -77,6 +78,21 @@ def is_exported(file: Path) -> bool:
             return "redoubt" in (opened.metadata() or {})
     except (SafetensorError, OSError):
         return False
+
+
+def classes_of(file: Path) -> list[str] | None:
+    """The names of the classes that a file of weights was trained on, where it or its run says so."""
+    if is_exported(file):
+        with safe_open(file, framework="pt") as opened:
+            return _names(json.loads(opened.metadata()["redoubt"]))
+    run = Run(file.resolve().parent.parent)
+    return run.classes() if run.exists() else None
+
+
+def _names(facts: Any) -> list[str] | None:
+    """What the facts of an exported file say of the classes; older files say nothing."""
+    names = facts.get("classes") if isinstance(facts, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else None
 
 
 def _exported(file: Path) -> RobustModule:
@@ -103,6 +119,7 @@ def _exported(file: Path) -> RobustModule:
     if "pretrained" in cfg.model:
         cfg.model.pretrained = False  # as above
     module = build_module(cfg)
+    module.classes = _names(facts)
     prefix = getattr(module.net, "key_prefix", "")
     weights = {f"{prefix}{k}": v for k, v in state.items() if k not in CONSTANTS}  # which the metadata has built
     load_weights(module.net, weights, str(file))

@@ -22,9 +22,9 @@ from redoubt.evaluation.record import Source, evaluate
 from redoubt.nets import load_backbone
 from redoubt.reporting.wandb_log import log_evaluation
 from redoubt.runs.checkpoints import checksum_file, newest, strip
-from redoubt.runs.files import read_rows
+from redoubt.runs.files import read_rows, write_json
 from redoubt.runs.identity import decides, differences, identity, plain
-from redoubt.runs.loading import is_exported, load, weights_hash
+from redoubt.runs.loading import classes_of, is_exported, load, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name, reason
 from redoubt.secrets import redacted
@@ -78,6 +78,8 @@ def train(cfg: DictConfig, data: ImageData, wait: bool | None = None) -> Run:
             return run
         if rank == 0:
             run.update(state="running", max_epochs=int(cfg.trainer.max_epochs))
+            if (names := data.classes("train")) is not None:
+                write_json(run.classes_file, {"classes": names})
         with failures_noted(run if rank == 0 else None):
             _fit(cfg, data, run, module, start)
         if rank == 0:
@@ -122,6 +124,7 @@ def _fit(
 ) -> RobustModule:
     """Trains a module (of the config, where None is given), into a run's folder or (None) nowhere."""
     module = module or build_module(cfg)
+    module.classes = data.classes("train")
     best: tuple[str, ...] = ()
     if data.val_fraction > 0:
         clean, robust = "val/clean", f"val/pgd{cfg.validation.steps}"
@@ -236,6 +239,7 @@ def transfer_source(cfg: DictConfig, data: ImageData, wanted: str | None = None,
         elif file.is_file():
             module = build_module(twin_config(cfg, defense="none", base="standard"))
             load_backbone(module.net, file)
+            module.classes = classes_of(file)
         else:
             run = Store(cfg.paths.outputs).find(wanted)
             run.must_be_finished()
@@ -245,6 +249,7 @@ def transfer_source(cfg: DictConfig, data: ImageData, wanted: str | None = None,
     for name, own in (("num_classes", data.num_classes), ("image_size", data.image_size)):
         if getattr(module, name) != own:
             raise UserError(f"{key}={wanted}: its {name} is {getattr(module, name)}, the data's {own}")
+    data.places(module.classes, f"{key}={wanted}")
     return Source(module.eval(), weights_hash(module))
 
 

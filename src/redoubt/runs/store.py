@@ -64,6 +64,7 @@ class Run:
         status_file: ``status.json``; read by ``status``, written by ``update``.
         metrics_file: ``metrics.csv``.
         checkpoints: Folder of ``last``, while it trains of the one before, and, with a validation split, of ``best``.
+        classes_file: ``classes.json``, the names of the classes in the order of the labels, where there are some.
         eval: Folder of the evaluations, one folder in it for each.
     """
 
@@ -80,6 +81,7 @@ class Run:
         self.previous = self.checkpoints / "previous.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.eval = self.folder / "eval"
+        self.classes_file = self.folder / "classes.json"
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -124,6 +126,12 @@ class Run:
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return None
         return value if isinstance(value, dict) else None
+
+    def classes(self) -> list[str] | None:
+        """The names of the classes in the order of the labels; None where the run has none, as old ones."""
+        found = files.read_json(self.classes_file)
+        names = found.get("classes") if found else None
+        return [str(name) for name in names] if isinstance(names, list) else None
 
     @property
     def whole(self) -> bool:
