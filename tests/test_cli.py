@@ -164,6 +164,9 @@ def test_eval_of_anybodys_weights(tmp_path: Path, cell: Any) -> None:
     results = json.loads(file.read_text())
     assert results["run"] == "theirs"
     assert results["n"] == 10
+    assert [results["axes"][axis] for axis in ("model", "defense", "base", "seed")] == ["cnn_small", None, None, None]
+    heading = [line.split("┃")[2].strip() for line in done.out.splitlines() if line.count("┃") == 3]
+    assert heading == ["theirs.pt", "cnn_small"]
     verdicts = np.load(file.with_name("verdicts.npz"))
     # The weights of the file were attacked, not those that a fresh net has: their accuracy is what we compute.
     images, labels = _test_images()

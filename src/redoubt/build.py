@@ -88,7 +88,7 @@ def _module(tree: dict[str, Any]) -> RobustModule:
     if base and base in STANDARD_BASES and base not in getattr(defense, "bases", (base,)):
         raise UserError(f"base={base} is not defined for this defense: take one of base={', '.join(defense.bases)}")
     # Where its weights come from is the run's business: nothing is read or trained here.
-    section = {key: value for key, value in tree["defense"].items() if key != "pretrained"}
+    section = {key: value for key, value in tree["defense"].items() if key not in ("pretrained", "replace_head")}
     awp = tree.get("awp", {})
     watched = {**tree["threat"], "steps": tree["validation"]["steps"], "step": tree["validation"]["step"]}
     return make(

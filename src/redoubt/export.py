@@ -116,7 +116,7 @@ def origin(run: Run, net: nn.Module) -> dict[str, Any]:
         bare = make(model, "model")
     plain = [[(name, type(m)) for name, m in one.named_modules()] for one in (bare, net)]
     # What a defense starts from is no part of its net, and may be a path of this machine.
-    defense = {key: value for key, value in cfg["defense"].items() if key != "pretrained"}
+    defense = {key: value for key, value in cfg["defense"].items() if key not in ("pretrained", "replace_head")}
     return {
         "run": run.name,
         "classes": run.classes(),

@@ -30,7 +30,7 @@ from redoubt.evaluation.record import Source, evaluate
 from redoubt.evaluation.rescore import objections, rescore
 from redoubt.evaluation.suite import suite
 from redoubt.export import export
-from redoubt.nets import load_backbone
+from redoubt.nets import load_backbone, split_choice
 from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
 from redoubt.runs.files import read_json
@@ -209,10 +209,11 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         return results
     data = _data(cfg)
     module = build_module(cfg)
-    load_backbone(module.net, Path(str(cfg.checkpoint)))
-    module.classes = classes_of(Path(str(cfg.checkpoint)))
+    load_backbone(module.net, str(cfg.checkpoint))
+    file = split_choice(str(cfg.checkpoint))[0]
+    module.classes = classes_of(file)
     folder = Path(cfg.paths.outputs) / "eval"
-    results = _judge(module, cfg, data, Path(str(cfg.checkpoint)).stem, str(cfg.checkpoint), folder)
+    results = _judge(module, cfg, data, file.stem, str(cfg.checkpoint), folder)
     _show([results], folder / results["evaluation"])
     return results
 
@@ -238,9 +239,10 @@ def audit(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         keys = cfg.audit
         cfg.compile = False
         module, which = build_module(cfg), str(cfg.checkpoint)
-        load_backbone(module.net, Path(which))
-        module.classes = classes_of(Path(which))
-        name, folder, weights_id = Path(which).stem, Path(cfg.paths.outputs), _weights_id(module, cfg)
+        load_backbone(module.net, which)
+        file = split_choice(which)[0]
+        module.classes = classes_of(file)
+        name, folder, weights_id = file.stem, Path(cfg.paths.outputs), _weights_id(module, cfg)
     radius(suite(plain(cfg.attack)))  # before the natural twin is trained
     data = _data(cfg)
     facts = {"run": name, "checkpoint": which, "weights": str(cfg.evaluation.weights)}
@@ -297,12 +299,14 @@ def _judge(
 ) -> dict[str, Any]:
     """Attacks weights that belong to no stored run."""
     axes = {**{k: cfg.axes[k] for k in config.AXES}, "seed": cfg.seed}
+    if folder is not None:  # of a file nobody knows how it was trained; a defense is here for its net
+        axes |= {"base": None, "seed": None, "defense": None if axes["defense"] == "none" else axes["defense"]}
     facts = {"run": name, "axes": axes, "checkpoint": checkpoint, "weights": "student", "train_seconds": None}
     device = running.compute_device(cfg)
     source = source or functools.partial(running.transfer_source, cfg, data)
     weights_id = _weights_id(module, cfg)
     module = module.to(device).eval()
-    return evaluate(
+    results = evaluate(
         module,
         data,
         plain(cfg),
@@ -313,6 +317,7 @@ def _judge(
         limit=limit,
         device=device,
     )
+    return results | {"axes": axes}  # of an earlier version are those of a cell
 
 
 def _weights_id(module: RobustModule, cfg: DictConfig) -> str:

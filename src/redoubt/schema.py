@@ -26,7 +26,7 @@ TRAIN: dict[str, Any] = {
     "inner": Built(norm=one_of("linf", "l2"), steps=whole(0), step=number(0.0)),
     "ema": {"decay": optional(number(0.0, 1.0)), "warmup": flag},
     "base": Built(),
-    "defense": Built(),
+    "defense": Built(replace_head=optional(flag)),
     "model": Built(),
     "data": Built(root=name, batch_size=whole(2), num_classes=whole(2), image_size=whole(1, 2048)),
     "optimizer": Built(lr=number(0.0), momentum=number(0.0), weight_decay=number(0.0), clip=optional(positive)),

@@ -218,3 +218,19 @@ def test_thinned_keeps_the_ends() -> None:
     kept = thinned(range(1000), 50)
     assert (len(kept), kept[0], kept[-1]) == (50, 0, 999)
     assert kept == sorted(set(kept))
+
+
+def test_weights_of_files_are_on_the_page(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = add_run(outputs, config(), "0000000000")
+    rng = np.random.default_rng(0)
+    weights = {"checkpoint": "w/theirs.pt", "weights_id": "x"}
+    where = add_evaluation(folder, nested(rng, 10), **weights)
+    (outputs / "eval").mkdir()
+    where.rename(outputs / "eval" / where.name)
+    html(outputs=str(outputs))
+    assert "1 run, weights of 1 files" in capsys.readouterr().out
+    _, theirs = data(outputs / "report.html")["runs"]
+    assert theirs["name"].startswith("theirs.pt-")
+    assert theirs["state"] == "weights"
+    assert (theirs["axes"]["base"], theirs["axes"]["model"]) == ("-", CONFIG["axes"]["model"])
+    assert theirs["evaluations"][0]["checkpoint"] == "w/theirs.pt"

@@ -148,3 +148,29 @@ def test_prune_keeps_what_is_in_use(tmp_path: Path, runs: list[Run], capsys: pyt
 def test_a_mistake_is_one_line(tmp_path: Path, argv: list[str]) -> None:
     with pytest.raises(UserError):
         call(tmp_path, *argv)
+
+
+def test_weights_of_files_that_were_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of one file that hold the same are one line; what was written before has the default cell's axes."""
+    for i, (file, suite, defense) in enumerate(
+        (("w/a.pt", "pgd20", "none"), ("w/a.pt", "fgsm", None), ("b.pt", "fgsm", "fsr"))
+    ):
+        axes = {"model": "resnet18", "data": "svhn", "attack": suite, "defense": defense, "base": "at", "seed": 0}
+        metrics = {"natural": {"accuracy": 0.9}, suite: {"accuracy": 0.1 * (i + 1)}}
+        results = {"axes": axes, "checkpoint": file, "weights_id": file, "weights": "student", "n": 100,
+                   "threat": {"norm": "linf", "eps": 8 / 255}, "metrics": metrics}  # fmt: skip
+        write_json(tmp_path / "eval" / f"{suite}-{i}" / "results.json", results)
+    assert call(tmp_path, "ls") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("-")[0] for line in lines[1:]] == ["a.pt", "b.pt"]
+    assert "weights" in lines[1]
+    assert "30.00 % fgsm" in lines[2]
+    assert call(tmp_path, "show", "w/a.pt") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("w/a.pt\n")
+    for part in ("model: resnet18", "defense: -", "base: -", "eval/pgd20-0", "fgsm: 20.00 %"):
+        assert part in out
+    assert call(tmp_path, "show", "b.pt") == 0
+    assert "defense: fsr" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such run"):
+        call(tmp_path, "show", "c.pt")

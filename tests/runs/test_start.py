@@ -269,6 +269,48 @@ def test_weights_from_behind_a_normalisation_are_refused(cell: Cell, tmp_path: P
     begun(cell("defense=afd", *SHORT, *same_first, f"defense.pretrained={file}"))
 
 
+@pytest.mark.parametrize("name", ["none", "afd", "cure"])
+def test_a_net_of_other_classes_is_a_start_but_for_its_head(cell: Cell, tmp_path: Path, name: str) -> None:
+    net = build_module(cell("seed=5", *SHORT)).net
+    net.fc = torch.nn.Linear(8, 3)
+    words = (f"defense={name}", "base=at", *SHORT, f"defense.pretrained={written(net, tmp_path, 'module')}")
+    with pytest.raises(UserError, match=r"fc.weight is \[3, 8\].*all but the head's by defense.replace_head=true"):
+        begun(cell(*words))
+    module = begun(cell(*words, "defense.replace_head=true"))
+    fresh = build_module(cell(*SHORT)).net.state_dict()
+    head = {k: v for k, v in fresh.items() if k.startswith("fc.")}
+    assert same(module.deployed().state_dict(), net.state_dict() | head)
+    if isinstance(module, AFD):
+        assert same(module.teacher.state_dict(), net.state_dict() | head)
+
+
+def test_a_run_is_a_start_without_its_head(cell: Cell, outputs: Path) -> None:
+    train(cell("base=standard", "inner=none", *SHORT))
+    words = ("defense=none", *SHORT, f"defense.pretrained={natural_of(outputs).name}")
+    kept = begun(cell(*words)).net.state_dict()
+    cfg = cell(*words, "defense.replace_head=true")
+    module, fresh = begun(cfg), build_module(cfg)
+    assert same(module.net.state_dict(), kept | {k: fresh.net.state_dict()[k] for k in ("fc.weight", "fc.bias")})
+    found = {running.identify(c, build_data(c), starting_point(c, build_data(c))) for c in (cell(*words), cfg)}
+    assert len(found) == 2
+
+
+def test_only_the_head_is_what_the_key_replaces(cell: Cell, tmp_path: Path) -> None:
+    file = written(build_module(cell("model.widths=[8,4,8,8]")).net, tmp_path, "plain")
+    with pytest.raises(UserError, match=r"conv1.weight is \[8, 3, 3, 3\]"):
+        begun(cell("defense=none", *SHORT, f"defense.pretrained={file}", "defense.replace_head=true"))
+    with pytest.raises(UserError, match=r"defense.replace_head=true .* defense.pretrained"):
+        begun(cell("defense=none", *SHORT, "defense.replace_head=true"))
+
+
+def test_a_name_in_a_file_is_a_start(cell: Cell, tmp_path: Path) -> None:
+    nets = {name: build_module(cell(f"seed={i}", *SHORT)).net.state_dict() for i, name in enumerate(("model", "ema"))}
+    torch.save(nets, tmp_path / "both.pt")
+    for choice, name in (("", "model"), ("::ema", "ema")):
+        module = begun(cell("defense=none", *SHORT, f"defense.pretrained={tmp_path / 'both.pt'}{choice}"))
+        assert same(module.net.state_dict(), nets[name])
+
+
 @pytest.mark.slow
 def test_two_processes_that_need_it_train_it_once(tmp_path: Path) -> None:
     natural = ["natural.trainer.max_epochs=40"]

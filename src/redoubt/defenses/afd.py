@@ -110,7 +110,7 @@ class AFD(RobustModule):
             raise UserError("model: AFD needs a net with get_classifier and forward_head (redoubt.nets.Backbone)")
         teacher = copy.deepcopy(net).requires_grad_(False)
         classifier = net.get_classifier()
-        head_name = next(name for name, module in net.named_modules() if module is classifier)
+        head_name = net.head_name
         net.set_submodule(head_name, DisentangledHead(classifier))
         super().__init__(net=net, **rest)
         self.teacher, self.head_name = teacher.to(memory_format=self.format), head_name

@@ -94,6 +94,12 @@ class Backbone(nn.Module):
         """The last linear layer, d to K."""
         raise NotImplementedError
 
+    @property
+    def head_name(self) -> str:
+        """Dotted name of `get_classifier`."""
+        head = self.get_classifier()
+        return next(name for name, module in self.named_modules() if module is head)
+
     def initialise(self, module: nn.Module) -> None:
         """Applies this net's initialisation to all submodules of `module`: what a defense adds starts alike.
 

@@ -189,7 +189,7 @@ def _copies(
                 if rest in own or _renamed(rest, names.key_aliases) in own:
                     hits[place, prefix] += 1
     needed = {k: v for k, v in own.items() if k not in kept and not _counter(k)}
-    copies = []
+    copies: list[_Copy] = []
     for (place, prefix), count in hits.most_common(_MOST):
         if copies and count < len(needed) and count < copies[0].known:
             break  # not even the best of those that are incomplete

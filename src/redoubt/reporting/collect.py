@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 
 from redoubt.errors import UserError
 from redoubt.runs.files import read_arrays, read_json, read_rows
-from redoubt.runs.store import Run, Store
+from redoubt.runs.store import Run, Store, Weights
 
 log = logging.getLogger("redoubt")
 
@@ -119,7 +119,8 @@ class Record:
     def audits(self) -> list[tuple[Path, dict[str, Any]]]:
         """Folder and ``audit.json`` of every audit; the folder has its curves as CSV and PNG."""
         found = [(p.parent, read_json(p)) for p in sorted((self.run.folder / "audit").glob("*/audit.json"))]
-        return [(folder, report) for folder, report in found if report is not None]
+        judged = {e.results.get("weights_id") for e in self.evaluations} if isinstance(self.run, Weights) else None
+        return [(f, report) for f, report in found if report and (judged is None or report.get("weights_id") in judged)]
 
 
 def records(outputs: Path | str) -> list[Record]:
@@ -131,11 +132,16 @@ def records(outputs: Path | str) -> list[Record]:
     store = Store(outputs)
     if not store.folder.is_dir():
         raise UserError(f"paths.outputs={outputs}: no runs are in it: train some, or name the folder that holds runs/")
-    return list(_readable(store))
+    return list(_readable(store.list()))
 
 
-def _readable(store: Store) -> Iterator[Record]:
-    for run in store.list():
+def weights(outputs: Path | str) -> list[Record]:
+    """Weights of files that were evaluated with a store."""
+    return list(_readable(Store(outputs).weights()))
+
+
+def _readable(runs: Iterable[Run]) -> Iterator[Record]:
+    for run in runs:
         record = Record(run)
         try:
             record.axes  # noqa: B018 - a config that is damaged or foreign is no run to report on

@@ -12,7 +12,7 @@ from typing import Any
 
 import redoubt
 from redoubt.errors import UserError
-from redoubt.reporting.collect import Record, records
+from redoubt.reporting.collect import Record, records, weights
 from redoubt.reporting.payload import payload
 from redoubt.runs.files import write_text
 from redoubt.units import as_number
@@ -38,7 +38,8 @@ def html(*, outputs: str = "outputs", to: str | None = None, limit_mb: float = 2
     Raises:
         UserError: There are no runs, or the file cannot be written.
     """
-    found = records(outputs)
+    files = weights(outputs)
+    found = [*(records(outputs) if not files or (Path(outputs) / "runs").is_dir() else []), *files]
     if not found:
         raise UserError(f"paths.outputs={outputs}: its runs/ is empty: train some, or name another folder")
     limit = as_number(limit_mb, "limit_mb") * 1e6
@@ -49,7 +50,9 @@ def html(*, outputs: str = "outputs", to: str | None = None, limit_mb: float = 2
     write_text(path, text)
     size = len(text.encode())
     over = "" if size <= limit else f", over limit_mb={limit_mb} without verdicts and examples"
-    print(f"{path}: {len(found)} {'run' if len(found) == 1 else 'runs'}, {size / 1e6:.2f} MB{over}")
+    runs = len(found) - len(files)
+    shown = f"{runs} {'run' if runs == 1 else 'runs'}" + (f", weights of {len(files)} files" if files else "")
+    print(f"{path}: {shown}, {size / 1e6:.2f} MB{over}")
 
 
 def page(found: list[Record], limit: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -51,8 +52,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=heading, caption=caption, min_width=len(heading))
     table.add_column("attack")
     for r in results:
-        axes = r["axes"]
-        table.add_column(f"{axes['defense']} + {axes['base']}\n{axes['model']}, {r['weights']}", justify="right")
+        table.add_column(_heading(r), justify="right")
     grouped = len(first["metrics"]) > 20 and "groups" in first
     for metric in first["metrics"]:
         if grouped and metric != "natural":
@@ -76,6 +76,14 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
         marks = (("passed" if r["audited"] else "FAILED") if r.get("audits") else "not audited" for r in results)
         table.add_row("Audit", *marks)
     return table
+
+
+def _heading(results: Mapping[str, Any]) -> str:
+    """What was evaluated: a cell of the grid and which of its weights, or a file and the net."""
+    axes = results["axes"]
+    if axes["base"] is None:
+        return f"{Path(results['checkpoint']).name}\n{' + '.join(filter(None, (axes['model'], axes['defense'])))}"
+    return f"{axes['defense']} + {axes['base']}\n{axes['model']}, {results['weights']}"
 
 
 def rescored_table(scores: Mapping[str, Any], name: str) -> Table:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from redoubt.errors import UserError
 from redoubt.runs import files
-from redoubt.runs.store import REMOVED, Run, Store
+from redoubt.runs.store import REMOVED, Run, Store, Weights
 
 
 def main(argv: list[str]) -> int:
@@ -78,7 +78,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "state": status["state"],
         "epoch": status.get("epoch"),
         "max_epochs": status.get("max_epochs"),
-        "bytes": files.size(run.folder),
+        "bytes": run.size(),
         "natural": metrics.get("natural"),
         "robust": metrics[robust] if robust else None,
         "robust_attack": robust,
@@ -97,7 +97,7 @@ def _accuracies(results: dict[str, Any]) -> dict[str, float]:
 
 
 def _ls(store: Store, arguments: argparse.Namespace) -> None:
-    rows = [_summary(run) for run in store.list()]
+    rows = [_summary(run) for run in (*store.list(), *store.weights())]
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return
@@ -135,10 +135,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _show(store: Store, arguments: argparse.Namespace) -> None:
-    run = store.find(arguments.name)
+    run = _weights(store, arguments.name) or store.find(arguments.name)
     config = run.config()
     axes = config.get("axes")
-    print(run.folder)
+    print(config["checkpoint"] if isinstance(run, Weights) else run.folder)
     _section("axes", {**(axes if isinstance(axes, dict) else {}), "seed": config.get("seed")})
     _section("status", run.status)
     _section("environment", files.read_json(run.environment_file) or {})
@@ -146,8 +146,24 @@ def _show(store: Store, arguments: argparse.Namespace) -> None:
         accuracies = {name: _percent(value) for name, value in _accuracies(results).items()}
         eps = (results.get("threat") or {}).get("eps")
         _section(f"eval/{folder.name}", {"eps": eps, "n": results.get("n"), **accuracies})
+    if isinstance(run, Weights):
+        return
     paths = sorted(path for path in run.folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     _section("files", {str(path.relative_to(run.folder)): _human(path.stat().st_size) for path in paths})
+
+
+def _weights(store: Store, name: str) -> Weights | None:
+    """Weights of a file that were evaluated, by a name that `_ls` shows or its beginning; None where it is none.
+
+    Raises:
+        UserError: Several are meant.
+    """
+    known = store.weights()
+    found = [w for w in known if name in (w.name, w.config()["checkpoint"])]
+    found = found or [w for w in known if name and w.name.startswith(name)]
+    if len(found) > 1:
+        raise UserError(f"{name}: means {len(found)} files ({', '.join(w.name for w in found)}); give more of the name")
+    return found[0] if found else None
 
 
 def _section(title: str, values: dict[str, Any], indent: str = "  ") -> None:

@@ -19,7 +19,7 @@ from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.record import Source, evaluate
-from redoubt.nets import load_backbone
+from redoubt.nets import load_backbone, split_choice
 from redoubt.reporting.wandb_log import log_evaluation
 from redoubt.runs.checkpoints import checksum_file, newest, strip
 from redoubt.runs.files import read_rows, write_json
@@ -228,17 +228,17 @@ def transfer_source(cfg: DictConfig, data: ImageData, wanted: str | None = None,
         UserError: No such run or file, an unfinished run, or a net of other images or classes.
     """
     wanted = wanted or str(cfg.attack.get("source") or "auto")
-    file = Path(wanted).expanduser()
+    file, choice = split_choice(wanted)
     try:
         if wanted == "auto":
             note(f"{key}=auto: the natural net of this cell, from the store or trained now (natural.* is its recipe)")
             _, run = find_or_make(cfg, data, defense="none", base="standard")
             module = load(run)
-        elif file.is_file() and (Run(file.resolve().parent.parent).exists() or is_exported(file)):
+        elif file.is_file() and not choice and (Run(file.resolve().parent.parent).exists() or is_exported(file)):
             module = load(file)
         elif file.is_file():
             module = build_module(twin_config(cfg, defense="none", base="standard"))
-            load_backbone(module.net, file)
+            load_backbone(module.net, wanted)
             module.classes = classes_of(file)
         else:
             run = Store(cfg.paths.outputs).find(wanted)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +15,14 @@ from torch import nn
 from redoubt.build import make
 from redoubt.data import ImageData
 from redoubt.errors import UserError
-from redoubt.nets import Backbone, load_backbone, load_weights
+from redoubt.nets import Backbone, OtherNet, load_backbone, load_weights, split_choice
 from redoubt.runs.checkpoints import read_checkpoint
 from redoubt.runs.identity import identity, plain
 from redoubt.runs.loading import CONSTANTS, constants, load, weights_hash
 from redoubt.runs.store import Run, Store, readable_name, reason
 from redoubt.runs.twin import twin_config
+
+log = logging.getLogger("redoubt")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ def starting_point(cfg: DictConfig, data: ImageData, fingerprint: str | None = N
     """
     wanted = cfg.defense.get("pretrained")
     if wanted is None or str(wanted).lower() == "none":
+        if cfg.defense.get("replace_head"):
+            raise UserError("defense.replace_head=true is of the net that defense.pretrained names: give that too")
         return None
     store = Store(cfg.paths.outputs)
     if wanted == "auto":
@@ -67,7 +74,7 @@ def starting_point(cfg: DictConfig, data: ImageData, fingerprint: str | None = N
 
 
 def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
-    file = Path(wanted).expanduser()
+    file, choice = split_choice(wanted)
     if not file.is_file():
         if file.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
             raise UserError("no such file: give auto, none, a run or a file of weights")
@@ -77,33 +84,64 @@ def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
             raise UserError(f"{reason(error, wanted)}; or give auto, none or a file of weights") from error
     else:
         run = Run(file.resolve().parent.parent)
-        if not run.exists() or file.resolve() != run.last.resolve():
-            net = _of_file(file, cfg, run)
+        if choice or not run.exists() or file.resolve() != run.last.resolve():
+            net = _of_file(file, cfg, run, choice)
             return Start(weights_hash(net), file.name, net=net)
     run.must_be_finished()
     return Start(run.hash, run.name, run=run)
 
 
-def _of_file(file: Path, cfg: DictConfig, run: Run) -> nn.Module:
+def _of_file(file: Path, cfg: DictConfig, run: Run, choice: str) -> nn.Module:
     """The config's net with a file's weights: of our checkpoints those that are evaluated, wherever they lie."""
-    if run.exists():
+    if run.exists() and not choice:
         return _of_run(file, cfg, str(file), str(file))
     net = _fresh(cfg)
-    if (ours := _our_weights(file)) is not None:
-        load_weights(net, ours, f"{file}: a checkpoint of ours; if its defense changes the net, give its run instead")
+    if not choice and (ours := _our_weights(file)) is not None:
+        _fill(net, ours, cfg, f"{file}: a checkpoint of ours; if its defense changes the net, give its run instead")
         return net
     own = constants(net)
-    load_backbone(net, file)  # which may put the file's normalisation first
-    _same_first_layer(constants(net), own, str(file))
+    with _heads_named(net, cfg):
+        load_backbone(net, f"{file}::{choice}" if choice else file, _kept(net, cfg))
+    _same_first_layer(constants(net), own, str(file))  # of the file it may be the first layer now
     return net
 
 
 def _of_run(source: Path | Run, cfg: DictConfig, origin: str, name: str) -> nn.Module:
     """The config's net with the weights that a run, or one of its checkpoints, evaluates."""
     net, found = _fresh(cfg), load(source).deployed()
-    load_weights(net, found.state_dict(), origin)
+    _fill(net, found.state_dict(), cfg, origin)
     _same_first_layer(constants(found), constants(net), name)
     return net
+
+
+def _fill(net: Backbone, state: Mapping[str, torch.Tensor], cfg: DictConfig, origin: str) -> None:
+    """Loads a state_dict, all of it but the head where the config replaces that."""
+    if head := _kept(net, cfg):
+        own = {k: v for k, v in net.state_dict().items() if k.startswith(f"{head}.")}
+        state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")} | own
+    with _heads_named(net, cfg):
+        load_weights(net, state, origin)
+
+
+def _kept(net: Backbone, cfg: DictConfig) -> str:
+    """Name of the submodule that keeps its fresh weights; "" for none."""
+    if not cfg.defense.get("replace_head"):
+        return ""
+    if not isinstance(net, Backbone):
+        raise UserError("defense.replace_head: needs a net with get_classifier (redoubt.nets.Backbone)")
+    return net.head_name
+
+
+@contextmanager
+def _heads_named(net: nn.Module, cfg: DictConfig) -> Iterator[None]:
+    """Names the key that helps where weights differ from the net in nothing but the head."""
+    try:
+        yield
+    except OtherNet as error:
+        head = f"{net.head_name}." if isinstance(net, Backbone) else None
+        if head is None or not all(key.startswith(head) for key in error.keys):
+            raise
+        raise UserError(f"{error}; or take all but the head's by defense.replace_head=true") from error
 
 
 def _our_weights(file: Path) -> dict[str, torch.Tensor] | None:
@@ -113,7 +151,10 @@ def _our_weights(file: Path) -> dict[str, torch.Tensor] | None:
     except UserError:
         return None
     student = {k[4:]: t for k, t in content["state_dict"].items() if k.startswith("net.")}
-    return student | (content["redoubt"]["ema"] or {})
+    average = content["redoubt"].get("ema") or {}
+    if average:
+        log.info("%s: takes redoubt.ema (averaged); %s::state_dict.net would take the raw weights", file, file)
+    return student | average
 
 
 def trained_net(start: Start, cfg: DictConfig) -> nn.Module:
@@ -130,8 +171,9 @@ def trained_net(start: Start, cfg: DictConfig) -> nn.Module:
 
 
 def _fresh(cfg: DictConfig) -> Backbone:
-    """The config's net as it is without a defense."""
+    """The config's net as it is without a defense, with the fresh weights of its seed."""
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(cfg.seed))
         return make(plain(cfg.model), "model")
 
 

@@ -23,7 +23,7 @@ import yaml
 from redoubt.allowed import check_plain
 from redoubt.errors import UserError
 from redoubt.runs import files
-from redoubt.runs.identity import environment, plain
+from redoubt.runs.identity import digest, environment, plain
 from redoubt.secrets import redacted
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,10 @@ class Run:
                 found.append((path.stat().st_mtime, path.parent, results))
         return [(folder, results) for _, folder, results in sorted(found, key=lambda f: f[:2], reverse=True)]
 
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return files.size(self.folder)
+
     @property
     def status(self) -> dict[str, Any]:
         """The status; a run that says ``running`` while nobody holds its lock has died: ``interrupted``."""
@@ -229,6 +233,37 @@ class Run:
         return f"process {pid} on {status.get('host')}" if pid else "another process"
 
 
+class Weights(Run):
+    """Weights of a file that was evaluated: they are of no run, and their evaluations are in ``<outputs>/eval``.
+
+    Args:
+        outputs: The store's folder.
+        name: ``<file's name>-<hash>``.
+        found: Their evaluations, as `Run.evaluations` gives them.
+    """
+
+    def __init__(self, outputs: Path, name: str, found: list[tuple[Path, dict[str, Any]]]) -> None:
+        super().__init__(outputs)
+        self.name, self.found = name, found
+        self.readable, _, self.hash = name.rpartition("-")
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return {"state": "weights"}
+
+    def config(self) -> dict[str, Any]:
+        """Their file, and the axes that they have."""
+        _, results = self.found[0]
+        axes = {axis: results["axes"].get(axis) or "-" for axis in ("model", "defense", "base", "data")}
+        return {"axes": axes, "seed": "-", "checkpoint": results["checkpoint"], "weights": self.hash}
+
+    def evaluations(self) -> list[tuple[Path, dict[str, Any]]]:
+        return self.found
+
+    def size(self) -> int:
+        return sum(files.size(folder) for folder, _ in self.found)
+
+
 class Store:
     """All runs under one ``outputs`` folder.
 
@@ -287,6 +322,19 @@ class Store:
         except OSError as error:
             raise UserError(f"cannot read {self.folder}: {error.strerror}; check paths.outputs") from error
         return [Run(path) for path in folders if not path.name.startswith(".") and Run(path).exists()]
+
+    def weights(self) -> Sequence[Weights]:
+        """Weights of files that were evaluated, by name; those of one file that hold the same are one."""
+        found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+        for folder, results in Run(self.outputs).evaluations():
+            axes, file = results.get("axes"), str(results.get("checkpoint"))
+            if isinstance(axes, Mapping):
+                defense = None if axes.get("defense") == "none" else axes.get("defense")
+                results["axes"] = {**axes, "base": None, "seed": None, "defense": defense}  # earlier versions had some
+                found.setdefault(f"{Path(file).name}-{digest({'weights': results.get('weights_id')})}", []).append(
+                    (folder, results)
+                )
+        return [Weights(self.outputs, name, found[name]) for name in sorted(found)]
 
     def find(self, text: str | Path) -> Run:
         """A run by the path of its folder, its name, its hash, or an unambiguous beginning or end of these.

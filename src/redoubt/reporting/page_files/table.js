@@ -115,7 +115,7 @@ function heading(shown) {
 function tableRow(runs, shown) {
   const open = (run) => el("button", {
     type: "button", className: "open", title: run.name, "aria-label": `Show ${run.name}`,
-    textContent: runs.length > 1 ? `s${run.axes.seed}` : run.name.slice(-10), onclick: () => openRun(run),
+    textContent: runs.length > 1 ? `s${run.axes.seed}` : run.state === "weights" ? run.name : run.name.slice(-10), onclick: () => openRun(run),
   });
   const cells = shown.map((c, i) => {
     const { text, title, note } = c.of(runs);
