@@ -28,6 +28,7 @@ from redoubt.evaluation.audit import radius
 from redoubt.evaluation.audits import audited
 from redoubt.evaluation.record import Source, evaluate
 from redoubt.evaluation.rescore import objections, rescore
+from redoubt.evaluation.results import read_results
 from redoubt.evaluation.suite import suite
 from redoubt.export import export
 from redoubt.nets import load_backbone, split_choice
@@ -154,6 +155,7 @@ def _evaluations(cfg: DictConfig, overrides: list[str]) -> list[DictConfig]:
 def _check_evaluation(cfg: DictConfig, data: ImageData) -> None:
     """What would make the evaluation impossible is said before the training, not after it."""
     chosen = suite(plain(cfg.attack))
+    chosen.members(data.num_classes)  # refuses what none of is defined
     if chosen.on_source and cfg.attack.get("source") not in (None, "auto"):
         running.transfer_source(cfg, data)
     if cfg.evaluation.checkpoint == "best" and not cfg.data.val_fraction:
@@ -268,7 +270,7 @@ def _rescore(run: Run, cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     if len(found) != 1:
         raise UserError(f"rescore={cfg.rescore}: names {len(found)} evaluations of this run; it has {', '.join(names)}")
     folder = run.eval / found[0]
-    results = read_json(folder / "results.json") or {}
+    results = read_results(folder) or {}
     said = [o for o in overrides if not o.startswith("attack")]
     if not any(o.startswith("data.limit_test=") for o in said):
         limit = (read_json(folder / "attack.json") or {}).get("limit_test")

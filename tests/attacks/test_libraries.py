@@ -147,18 +147,97 @@ def test_a_list_of_attacks_has_one_start_each(k):
     assert all(torch.equal(a, b) for a, b in zip(returned, advs, strict=True))
 
 
-@pytest.mark.parametrize("k", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_with_up_to_three_classes_standard_is_apgd_ce_and_square(k):
-    standard = judged(AutoAttack(eps=EPS["linf"], queries=60), k, n=7)
-    listed = judged(AutoAttack(eps=EPS["linf"], queries=60, version=["apgd-ce", "square"]), k, n=7)
-    np.testing.assert_array_equal(standard[0], listed[0])
-    assert all(torch.equal(a, b) for a, b in zip(standard[1], listed[1], strict=True))
+#: What of a version runs on so many classes.
+MEMBERS = {
+    ("standard", 2): ["apgd-ce", "fab-t", "square"],
+    ("standard", 3): ["apgd-ce", "apgd-dlr", "fab-t", "square"],
+    ("standard", 4): ["apgd-ce", "apgd-t", "fab-t", "square"],
+    ("standard", 100): ["apgd-ce", "apgd-t", "fab-t", "square"],
+    ("plus", 2): ["apgd-ce", "fab", "square", "fab-t"],
+    ("plus", 3): ["apgd-ce", "apgd-dlr", "fab", "square", "fab-t"],
+    ("plus", 4): ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"],
+    ("rand", 2): ["apgd-ce"],
+    ("rand", 3): ["apgd-ce", "apgd-dlr"],
+    ("fab-t", 2): ["fab-t"],
+    ("fab", 3): ["fab"],
+}
 
 
-@pytest.mark.parametrize("version", [["apgd-dlr"], ["fab"], ["fab-t"], ["apgd-t"]], ids=str)
-def test_attacks_that_three_classes_do_not_have_are_refused(version):
-    with pytest.raises(UserError, match="classes"):
-        judged(AutoAttack(eps=EPS["linf"], version=version), 3)
+def test_every_member_that_is_defined_runs():
+    for (version, k), members in MEMBERS.items():
+        assert list(AutoAttack(eps=0.1, version=version).members(k)) == members, (version, k)
+    assert AutoAttack(eps=0.1, version=["square", "apgd-t", "apgd-ce"]).members(3) == ("square", "apgd-ce")
+    for version, k, least in (("apgd-dlr", 2, 3), ("apgd-t", 3, 4), (["apgd-t", "apgd-dlr"], 2, 3), ("square", 1, 2)):
+        refused(
+            lambda v=version, k=k: AutoAttack(eps=0.1, version=v).members(k), f"at least {least} classes", f"are {k}"
+        )
+
+
+def cascade_by_hand(k, images, labels, members):
+    """One library object for each member, on what the earlier ones have left standing."""
+    net, (_, x, y) = Net(k), next(chunks(images, labels, len(labels)))
+    adv, standing = x.clone(), net.logits(x).argmax(1) == y
+    for member in members:
+        rows = standing.nonzero()[:, 0]
+        if not len(rows):
+            break
+        attack = pyautoattack.AutoAttack(
+            net, eps=EPS["linf"], seed=library_seed(5, 0), device="cpu", version="custom", attacks=[member]
+        )
+        attack.apgd.n_restarts = attack.fab.n_restarts = 1  # as in `standard`
+        attack.fab.n_target_classes = attack.apgd_targeted.n_target_classes = min(9, k - 1)
+        attack.square.n_queries = 60
+        found, label = seeded(0, lambda a=attack, x=x[rows], y=y[rows]: a.run_standard_evaluation(x, y, batch_size=99))
+        broken = rows[label != y[rows]]
+        adv[broken], standing[broken] = found[label != y[rows]], False
+    return standing.numpy(), adv
+
+
+@pytest.mark.parametrize("k", [2, 3, *(pytest.param(k, marks=pytest.mark.slow) for k in (4, 5, 10))])
+def test_standard_is_the_library_s_cascade_for_any_number_of_classes(k):
+    found, [returned], images, labels, _ = judged(AutoAttack(eps=EPS["linf"], queries=60), k, n=6, chunk=6)
+    wanted, adv = cascade_by_hand(k, images, labels, MEMBERS["standard", k if k < 4 else 4])
+    np.testing.assert_array_equal(found, wanted)
+    assert torch.equal(returned, adv)
+
+
+ALONE = [("apgd-dlr", 3), ("fab", 2), ("fab-t", 3), ("fab-t", 5)]
+
+
+@pytest.mark.parametrize(("version", "k"), [("fab-t", 2), *(pytest.param(*a, marks=pytest.mark.slow) for a in ALONE)])
+def test_a_member_alone_is_the_library_s_alone(version, k):
+    found, returned, images, labels, _ = judged(AutoAttack(eps=EPS["linf"], version=version), k, n=4, chunk=4)
+    wanted, advs = autoattack_by_hand(Net(k), images, labels, k, 4, "linf", 5, version="custom", attacks=[version])
+    np.testing.assert_array_equal(found, wanted)
+    assert torch.equal(returned[0], advs[0])
+    assert wanted.any()
+
+
+def test_two_classes_with_vanishing_gradients_are_attacked_to_the_exact_value():
+    """A linear net with huge logits: cross-entropy has no slope, and the ball's worst point is known."""
+    w = torch.linspace(-1, 1, 3 * 16).reshape(1, -1)
+
+    class Steep(Net):
+        def __init__(self, k=2, size=4):
+            nn.Module.__init__(self)
+            self.fc = nn.Linear(48, 2, bias=False).requires_grad_(False)
+            self.fc.weight.copy_(1e4 * torch.cat([-w, w]))
+
+        def logits(self, x):
+            return self.fc(x.flatten(1) - 0.5)
+
+    g = torch.Generator().manual_seed(3)
+    images = torch.randint(90, 166, (24, 3, 4, 4), generator=g, dtype=torch.uint8)
+    score = ((images.double() / 255 - 0.5).flatten(1) @ w.double().T)[:, 0]
+    labels = (score > 0).long()
+    exact = score.abs() > EPS["linf"] * w.double().abs().sum()
+    judge = [
+        Judge(Steep(), Suite(attacks={"a": attack}, eps=EPS["linf"]), chunk=24, seed=0, device=CPU, progress=False)
+        for attack in (AutoAttack(eps=EPS["linf"], queries=20), AutoAttack(eps=EPS["linf"], version="apgd-ce"))
+    ]
+    whole, weak = (j(images, labels)["a"] for j in judge)
+    np.testing.assert_array_equal(whole, exact.numpy())
+    assert 0 < whole.sum() < weak.sum()
 
 
 @pytest.mark.parametrize(

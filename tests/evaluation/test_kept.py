@@ -217,7 +217,7 @@ def equal(a, b):
 
 
 def without_time(results):
-    return {k: v for k, v in results.items() if k != "eval_seconds"}
+    return {k: v for k, v in results.items() if k not in ("eval_seconds", "evaluated")}
 
 
 def test_killed_after_each_attack_it_ends_as_if_undisturbed(evaluated, calls, tmp_path):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from redoubt.build import build_data
 from redoubt.evaluation import record
-from redoubt.evaluation.verdicts import wilson
+from redoubt.evaluation.results import wilson
 from redoubt.runs import running
 from redoubt.runs.loading import load
 from redoubt.runs.store import Run
@@ -41,7 +41,7 @@ def test_layout_of_results_json(cell: Cell) -> None:
     assert json.loads((folder_of(run, results) / "results.json").read_text()) == results
     assert list(results) == [
         "run", "evaluation", "axes", "threat", "checkpoint", "weights", "n", "metrics", "nrr", "train_seconds",
-        "eval_seconds", "audited", "weights_id", "audits", "audit_failed",
+        "eval_seconds", "audited", "weights_id", "members", "evaluated", "audits", "audit_failed",
     ]  # fmt: skip
     assert results["run"] == run.name
     assert results["evaluation"].startswith("fsr_suite-")

@@ -16,6 +16,7 @@ from redoubt.attacks.base import Draws
 from redoubt.attacks.corruptions import GROUPS, KINDS
 from redoubt.errors import UserError
 from redoubt.evaluation.suite import suite
+from redoubt.runs.identity import canonical
 
 pytest.importorskip("pyautoattack")
 pytest.importorskip("torchattacks")
@@ -153,6 +154,21 @@ def test_a_printed_step_is_scaled_to_another_eps(name):
     assert made.attacks["pgd20"].pgd.step_size == pytest.approx(0.0015, rel=1e-12)
     given = built("cure_suite", "attack.step_abs={size: 0.002, eps: 8/255}")
     assert given.attacks["cw"].pgd.step_size == pytest.approx(0.002, rel=1e-12)
+
+
+def test_members_are_a_part_of_an_identity_only_where_more_run_than_in_the_first_version():
+    """Verdicts on 2 and 3 classes are others than they were; all others are found again."""
+    for name in NAMES:
+        made = built(name)
+        for classes in (2, 3, 4, 10, 100):
+            on, more = made.on_classes(classes), {}
+            if "autoattack" in made.attacks and classes < 4:
+                more = made.members(classes)
+                more.pop("square", None)
+            more = {} if (name, classes) == ("eot", 2) else more  # apgd-ce alone, as ever
+            assert on.more_members == more, (name, classes)
+            assert (canonical(on.sections) == canonical(made.sections)) is not bool(more)
+    assert built("standard").on_classes(3).more_members == {"autoattack": ["apgd-ce", "apgd-dlr", "fab-t", "square"]}
 
 
 def test_fsr_s_attacks_share_a_path():

@@ -13,8 +13,9 @@ from torch import nn
 from redoubt.attacks import WhiteBox
 from redoubt.build import build_module
 from redoubt.config import compose
+from redoubt.evaluation.results import accuracies, ensemble, nrr, wilson
 from redoubt.evaluation.suite import Suite
-from redoubt.evaluation.verdicts import Judge, accuracies, ensemble, full_precision, judge, nrr, wilson
+from redoubt.evaluation.verdicts import Judge, full_precision, judge
 
 CPU = torch.device("cpu")
 

@@ -74,6 +74,10 @@ class Attack:
         """What two attacks share of which the longer one passes through the shorter one's result; None: nothing."""
         return None
 
+    def members(self, classes: int) -> tuple[str, ...]:
+        """By name, the attacks that it runs one after the other on a net of so many classes; none where it is one."""
+        return ()
+
     def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> Tensor | tuple[Tensor, Tensor]:
         """Adversarial examples for x.
 

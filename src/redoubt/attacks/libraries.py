@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from redoubt.attacks.base import Attack, Draws, Logits
 from redoubt.errors import UserError, did_you_mean
+from redoubt.evaluation.results import VERSIONS
 from redoubt.units import as_number, as_whole
 
 log = logging.getLogger("redoubt")
@@ -61,11 +62,12 @@ class Net(nn.Module):
 class AutoAttack(Attack):
     """AutoAttack (Croce and Hein, 2020) by pyautoattack, once per chunk, with a seed from (seed, chunk).
 
-    An example's verdict is that of ``pyautoattack.AutoAttack(net, norm=..., eps=..., version=...,
+    It stays the library's cascade, in which each member attacks what the earlier ones have left standing. An example's
+    verdict is that of ``pyautoattack.AutoAttack(net, norm=..., eps=..., version=...,
     seed=redoubt.attacks.base.library_seed(evaluation.seed, chunk))`` called by hand on the chunk's images with
     ``batch_size=evaluation.chunk`` (of a list: ``version="custom", attacks=[...]``, with the library's 5 restarts of
-    APGD and FAB). With fewer than 10 classes the targeted attacks take all wrong ones; with up to
-    three only apgd-ce and square are defined.
+    APGD and FAB). Of fewer than 10 classes the targeted attacks take all wrong ones (``n_target_classes``), and of
+    fewer than 4 the members that are defined run (``attacks_to_run``); see `members`.
 
     Args:
         eps, norm: The ball.
@@ -75,7 +77,8 @@ class AutoAttack(Attack):
     """
 
     ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-    VERSIONS = ("standard", "plus", "rand")
+    #: The DLR loss compares three logits, the targeted one four; the other members take any two classes.
+    LEAST = {"apgd-dlr": 3, "apgd-t": 4}
     #: Steps of each, roughly, as they are in `standard`.
     COSTS = {"apgd-ce": 100.0, "apgd-dlr": 500.0, "apgd-t": 900.0, "fab": 2500.0, "fab-t": 2700.0, "square": 1700.0}
 
@@ -90,19 +93,34 @@ class AutoAttack(Attack):
         library("pyautoattack")
         self.eps, self.norm, self.queries = as_number(eps, "eps"), norm, as_whole(queries, "queries")
         self.library = _version("pyautoattack")
-        named = isinstance(version, str) and version in self.VERSIONS
+        named = isinstance(version, str) and version in VERSIONS
         listed = version if named or not isinstance(version, str | None) else [str(version)]
         if not isinstance(listed, str):
             for name in listed:
                 if name not in self.ATTACKS:
-                    raise UserError(
-                        f"version={name!r} is not known{did_you_mean(name, [*self.VERSIONS, *self.ATTACKS])}"
-                    )
+                    raise UserError(f"version={name!r} is not known{did_you_mean(name, [*VERSIONS, *self.ATTACKS])}")
             if not listed:
                 raise UserError(f"version=[] names no attack: there are {', '.join(self.ATTACKS)}")
         self.version: str | list[str] = listed if isinstance(listed, str) else list(listed)
         self.needs_gradients = self.version != ["square"]
         self.cost = sum(self.COSTS[n] for n in self.version) if isinstance(self.version, list) else 6000.0
+
+    def members(self, classes: int) -> tuple[str, ...]:
+        """The attacks that run on so many classes, in the library's order: all of the version that are defined.
+
+        On 3 classes ``standard`` has apgd-dlr in the place of apgd-t.
+
+        Raises:
+            UserError: None of them is.
+        """
+        listed = VERSIONS[self.version] if isinstance(self.version, str) else tuple(self.version)
+        if self.version == "standard" and classes == 3:
+            listed = tuple("apgd-dlr" if name == "apgd-t" else name for name in listed)
+        defined = tuple(name for name in listed if classes >= self.LEAST.get(name, 2))
+        if not defined:
+            least = min(self.LEAST.get(name, 2) for name in listed)
+            raise UserError(f"version={self.version} needs at least {least} classes, there are {classes}")
+        return defined
 
     def __call__(self, logits: Logits, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """See `Attack`; the flags are pyautoattack's own verdicts."""
@@ -123,11 +141,7 @@ class AutoAttack(Attack):
                 classes = logits(x[:1]).shape[1]
             for targeted in (attack.apgd_targeted, attack.fab):
                 targeted.n_target_classes = min(9, classes - 1)
-            if classes <= 3:
-                defined = [a for a in attack.attacks_to_run if a in ("apgd-ce", "square")]
-                if not defined:
-                    raise UserError(f"version={self.version}: of {classes} classes only apgd-ce and square are defined")
-                attack.attacks_to_run = defined
+            attack.attacks_to_run = list(self.members(classes))
             adv, label = attack.run_standard_evaluation(x, y, batch_size=len(x))
         return adv, label != y
 

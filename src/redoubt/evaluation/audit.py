@@ -294,7 +294,7 @@ class Audit:
         for name, right in found.items():
             if self.pgds[name].steps > 1:
                 self.white &= right
-        self.standing = found[self.strongest] & self.natural
+        self.standing = found[self.strongest]
         self.left = self.standing.clone()
         accuracies = {name: self.share(right) for name, right in found.items()}
         check.passed = True
@@ -356,7 +356,7 @@ class Audit:
             for step, start in ((1.0, "none"), (0.5, "uniform"), (1.25, "uniform"))
         }
         broken = ~torch.stack(list(found.values())).all(0)
-        self.single = found["ce_1"] & self.natural
+        self.single = found["ce_1"]
         accuracies = {name: self.share(right) for name, right in found.items()}
         return check.judged(self.share(broken & self.white), self.keys["one_step"]["share"], **accuracies)
 
@@ -374,7 +374,7 @@ class Audit:
     def black_box(self, check: Check, draws: torch.Generator) -> Check:
         keys = self.keys["black_box"]
         square = AutoAttack(eps=self.eps, norm=self.norm, version=["square"], queries=int(keys["queries"]))
-        self.queried = self.under(square, "square") & self.natural
+        self.queried = self.under(square, "square")
         return self.weaker(check, "square", self.queried, keys)
 
     def transfer(self, check: Check, draws: torch.Generator) -> Check:
@@ -409,7 +409,7 @@ class Audit:
                 pgd = PGD(eps=eps, norm=self.norm, steps=int(keys["steps"]), step=float(keys["step"]), start="uniform")
                 start = pgd.start_point(self.x, generator=draws) if adv is self.x else adv
                 adv = pgd(self.cross_entropy, self.x, start=start)
-            accuracies.append(self.share(self.right(adv)))
+            accuracies.append(self.share(self.right(adv) & self.natural))
         self.curves["accuracy_over_eps"] = {"eps": grid, "accuracy": accuracies}
         rise = max((b - a for a, b in itertools.pairwise(accuracies)), default=0.0)
         return check.judged(max(0.0, rise), self.allowed(keys), eps=grid, accuracy=accuracies)
@@ -429,7 +429,7 @@ class Audit:
         for steps in sorted(int(s) for s in keys["steps"]):
             adv = pgd(self.cross_entropy, self.x, start=adv, steps=steps - done)
             done = steps
-            accuracies.append(self.share(self.right(adv)))
+            accuracies.append(self.share(self.right(adv) & self.natural))
         self.curves["accuracy_over_iterations"] = {"iterations": sorted(keys["steps"]), "accuracy": accuracies}
         rise = max((b - a for a, b in itertools.pairwise(accuracies)), default=0.0)
         return check.judged(max(0.0, rise), self.allowed(keys), iterations=sorted(keys["steps"]), accuracy=accuracies)
@@ -498,7 +498,9 @@ class Audit:
         with own_randomness(self.draws(name).library_seed, self.device):
             found = attack(self.logits, x, y, self.draws(name))
         adv, broken = found if isinstance(found, tuple) else (found, None)
-        right = self.right(adv, y)
+        right = self.right(adv, y) & (
+            self.natural if rows is None else self.natural[rows]
+        )  # what is wrong at x is broken
         return right if broken is None else right & ~broken
 
     def share(self, flags: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation import audits
 from redoubt.evaluation.kept import Kept, shown_of
+from redoubt.evaluation.results import accuracies, nrr, read_results
 from redoubt.evaluation.suite import Suite, suite
-from redoubt.evaluation.verdicts import Judge, accuracies, nrr
-from redoubt.runs.files import read_json, write_bytes, write_json
+from redoubt.evaluation.verdicts import Judge
+from redoubt.runs.files import write_bytes, write_json
 from redoubt.runs.identity import digest
 from redoubt.training.distributed import broadcast, ranks, same
 
@@ -74,16 +76,16 @@ def evaluate(
         The contents of results.json.
     """
     attack, options = dict(tree["attack"]), tree["evaluation"]
-    chosen = suite(attack)
+    chosen = suite(attack).on_classes(module.num_classes)
     on = source() if chosen.on_source and source is not None else None
     order = data.places(module.classes, facts["run"])
     on = on.sorted_as(module, data) if on is not None else None
     identities = [facts["checkpoint"], facts["weights"], weights_id, *([on.identity] if on else [])]
-    name = evaluation_name(tree, data, identities, order)
+    name = evaluation_name(tree, data, identities, order, chosen.more_members)
     same({"test set": data.fingerprint("test"), "weights": weights_id, "evaluation": name})
     save = options.get("save")
     if folder is not None and not save:
-        stored = read_json(folder / name / "results.json") if (folder / name / "verdicts.npz").is_file() else None
+        stored = read_results(folder / name) if (folder / name / "verdicts.npz").is_file() else None
         stored = broadcast(stored)  # what ranks on other machines see may be older
         if stored is not None:  # an audit may have come since
             return {**stored, **audits.marks(folder, stored, attack)}
@@ -125,10 +127,17 @@ def evaluate(
     return results
 
 
-def evaluation_name(tree: Mapping[str, Any], data: ImageData, weights: list[str], order: list[int] | None) -> str:
+def evaluation_name(
+    tree: Mapping[str, Any],
+    data: ImageData,
+    weights: list[str],
+    order: list[int] | None,
+    members: Mapping[str, Any] | None = None,
+) -> str:
     """``<attack>-<hash>``: the hash is of everything that decides the verdicts."""
     decisive = {
         "attack": tree["attack"],
+        "members": members or None,
         "chunk": tree["evaluation"]["chunk"],
         "seed": tree["evaluation"]["seed"],
         "skip_broken": tree["evaluation"].get("skip_broken") or None,
@@ -171,6 +180,8 @@ def _results(
         "eval_seconds": judge.seconds,
         "audited": False,
         "weights_id": weights_id,
+        "members": {name: ran for name, ran in chosen.members(judge.module.num_classes).items() if name in metrics},
+        "evaluated": datetime.now(UTC).isoformat(),
     }
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from redoubt.attacks.whitebox import Reached
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.kept import SHOWN, Kept, Outcome
+from redoubt.evaluation.results import counted, ensemble
 from redoubt.evaluation.suite import Suite
 from redoubt.nets import attack_mode
 from redoubt.training.distributed import gather_objects, ranks
@@ -107,8 +108,13 @@ class Judge:
         """The results of a chunk."""
         return ["natural", *self.suite.attacks]
 
+    @property
+    def corruptions(self) -> set[str]:
+        """What is no attack."""
+        return {name for names in self.suite.groups.values() for name in names}
+
     def __call__(self, images: Tensor, labels: Tensor) -> Verdicts:
-        """Verdicts.
+        """Verdicts, as `counted`.
 
         Args:
             images: uint8 [N, 3, H, W].
@@ -136,12 +142,13 @@ class Judge:
                         checked = True
                     self.attack(x, y, i, found, counter)
                 mine[i] = found
-                counter.advance({k: v.right for k, v in found.items()})
+                counter.advance(counted({k: v.right for k, v in found.items()}, self.corruptions))
         everyone = gather_objects(mine)
         chunks = {i: outcomes for part in everyone for i, outcomes in part.items()}
         self.seconds = sum(o.seconds for outcomes in chunks.values() for o in outcomes.values())
         self.outside = {n: sum(chunks[i][n].outside for i in chunks) for n in self.names}
         verdicts = {n: np.concatenate([chunks[i][n].right for i in range(len(starts))]) for n in self.names}
+        verdicts = counted(verdicts, self.corruptions)
         if self.suite.ensemble:
             verdicts["ensemble"] = ensemble(verdicts)
         if self.skip_broken:
@@ -434,33 +441,3 @@ def full_precision() -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
-
-
-def ensemble(verdicts: Verdicts) -> np.ndarray:
-    """Right on the clean image and under every attack: the row-wise AND (FSR's "Ensemble")."""
-    return np.logical_and.reduce(list(verdicts.values()))
-
-
-def wilson(right: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The 95 % score interval of Wilson (1927) for a share of ``right`` out of ``n``."""
-    if n == 0:
-        return 0.0, 1.0
-    p = right / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def accuracies(verdicts: Mapping[str, Sequence[bool] | np.ndarray]) -> dict[str, dict[str, float | int]]:
-    """Accuracy in [0, 1] with its interval, by attack."""
-    table = {}
-    for name, verdict in verdicts.items():
-        right, n = int(np.sum(verdict)), len(verdict)
-        low, high = wilson(right, n)
-        table[name] = {"accuracy": right / n if n else 0.0, "low": low, "high": high, "n": n}
-    return table
-
-
-def nrr(natural: float, robust: float) -> float:
-    """CURE's natural-robust ratio: the harmonic mean of the two accuracies."""
-    return 2 * natural * robust / (natural + robust) if natural + robust else 0.0

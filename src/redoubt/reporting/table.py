@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from redoubt.evaluation.results import named
+
 TITLES = {
     "natural": "Natural",
     "fgsm": "FGSM",
@@ -27,7 +29,10 @@ TITLES = {
 
 
 def title(metric: str) -> str:
-    """A metric as papers print it: pgd20 is PGD-20."""
+    """A metric as papers print it: pgd20 is PGD-20; the members of an incomplete AutoAttack follow it."""
+    if metric.endswith(")"):
+        metric, _, members = metric.partition(" (")
+        return f"{title(metric)} ({members}"
     if metric.startswith("pgd") and metric[3:].isdigit():
         return f"PGD-{metric[3:]}"
     return TITLES.get(metric, metric)
@@ -42,13 +47,20 @@ def threat(model: Mapping[str, Any]) -> str:
     return f", {model['norm']} eps {shown} ({eps:.4g})"
 
 
+def weights(results: Mapping[str, Any]) -> str:
+    """``student weights of last``: what was evaluated, or audited."""
+    return f"{results['weights']} weights of {results['checkpoint']}"
+
+
 def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """Accuracies in per cent with their 95 % intervals, one column per evaluation."""
+    results = [named(r) for r in results]
     first = results[0]
     caption = "accuracy in %, 95 % Wilson interval"
     if any("outside" in m for r in results for m in r["metrics"].values()):
         caption += "; *: some images left the ball and count as not attacked"
-    heading = f"{first['axes']['data']}, {first['n']} test images{threat(first['threat'])}"
+    axes = first["axes"]
+    heading = f"{axes['data']}, {first['n']} test images, {axes['attack']}{threat(first['threat'])}"
     table = Table(title=heading, caption=caption, min_width=len(heading))
     table.add_column("attack")
     for r in results:
@@ -83,7 +95,7 @@ def _heading(results: Mapping[str, Any]) -> str:
     axes = results["axes"]
     if axes["base"] is None:
         return f"{Path(results['checkpoint']).name}\n{' + '.join(filter(None, (axes['model'], axes['defense'])))}"
-    return f"{axes['defense']} + {axes['base']}\n{axes['model']}, {results['weights']}"
+    return f"{axes['defense']} + {axes['base']}\n{axes['model']}, {weights(results)}"
 
 
 def rescored_table(scores: Mapping[str, Any], name: str) -> Table:
@@ -102,7 +114,7 @@ def rescored_table(scores: Mapping[str, Any], name: str) -> Table:
 def audit_table(report: Mapping[str, Any]) -> Table:
     """An audit's checks: what was measured, and the largest value that passes."""
     verdict = "passed" if report["passed"] else f"FAILED: {', '.join(report['failed'])}"
-    heading = f"Audit of {report['run']}, {report['n']} images{threat(report['threat'])}: {verdict}"
+    heading = f"Audit of {report['run']}, {weights(report)}, {report['n']} images{threat(report['threat'])}: {verdict}"
     table = Table(title=heading, min_width=min(len(heading), 100))
     for column in ("check", "measured", "limit", "", "what must hold"):
         table.add_column(column, justify="right" if column in ("measured", "limit") else "left")

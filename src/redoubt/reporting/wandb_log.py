@@ -49,7 +49,8 @@ def _send(logger: Any, run: Run, evaluation: Evaluation) -> None:
     noted_file = run.folder / "wandb" / "evaluations.json"
     sent = read_json(noted_file) or {}  # evaluation -> digests of what was sent
     where = [logger.get(key) for key in ("project", "entity", "checkpoint")]
-    content = json.dumps([*where, evaluation.results, evaluation.examples() is not None], sort_keys=True)
+    results = {k: v for k, v in evaluation.results.items() if k != "members"}  # which the evaluation's name stands for
+    content = json.dumps([*where, results, evaluation.examples() is not None], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:10]
     mine = sent.setdefault(str(evaluation.results["evaluation"]), [])
     if digest in mine:

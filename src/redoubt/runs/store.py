@@ -22,6 +22,7 @@ import yaml
 
 from redoubt.allowed import check_plain
 from redoubt.errors import UserError
+from redoubt.evaluation import results as judged
 from redoubt.runs import files
 from redoubt.runs.identity import digest, environment, plain
 from redoubt.secrets import redacted
@@ -139,13 +140,16 @@ class Run:
         return self.exists() and self._stored() is not None
 
     def evaluations(self) -> list[tuple[Path, dict[str, Any]]]:
-        """``(folder, results.json)`` of every finished evaluation, the newest first."""
-        found = []
-        for path in self.eval.glob("*/results.json"):
-            results = files.read_json(path)
-            if results is not None:
-                found.append((path.stat().st_mtime, path.parent, results))
-        return [(folder, results) for _, folder, results in sorted(found, key=lambda f: f[:2], reverse=True)]
+        """Folder and results (see `read_results`) of every finished evaluation, the newest first."""
+        folders = [path.parent for path in self.eval.glob("*/results.json")]
+        found = [(folder, results) for folder in folders if (results := judged.read_results(folder)) is not None]
+        return sorted(found, key=lambda f: (judged.written(*f), f[0]), reverse=True)
+
+    def standing(self) -> tuple[Path, dict[str, Any]] | None:
+        """The evaluation that stands for the run, by the rule of `redoubt.evaluation.results.standing`."""
+        found = self.evaluations()
+        place = judged.standing(found, self.config() if len(found) > 1 else {})
+        return None if place is None else found[place]
 
     def size(self) -> int:
         """Bytes on the disk."""
