@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -139,7 +140,7 @@ def test_protocols_are_the_papers(name):
         assert (attack.loss, attack.steps, attack.pgd.start) == (loss, steps, start), key
         assert attack.pgd.step_size == pytest.approx(size, rel=1e-12), key
         assert attack.kappa == 50.0
-        assert attack.pgd.clip_start is (name != "afd_suite"), key
+        assert attack.pgd.clip_start is (name not in ("afd_suite", "cure_suite")), key
         restarts, best, eot = (5, True, 1) if name == "standard" else (1, False, 20 if name == "eot" else 1)
         assert (attack.restarts, attack.keep_best, attack.eot) == (restarts, best, eot), key
     for attack in made.attacks.values():
@@ -154,6 +155,49 @@ def test_a_printed_step_is_scaled_to_another_eps(name):
     assert made.attacks["pgd20"].pgd.step_size == pytest.approx(0.0015, rel=1e-12)
     given = built("cure_suite", "attack.step_abs={size: 0.002, eps: 8/255}")
     assert given.attacks["cw"].pgd.step_size == pytest.approx(0.002, rel=1e-12)
+
+
+@pytest.mark.parametrize("key", ["pgd10", "pgd20", "pgd50", "cw"])
+def test_cure_s_attacks_are_those_of_its_authors(key):
+    """Transcribed in NumPy, float64: the start leaves [0, 1], and the first gradient is taken there."""
+    rng = np.random.default_rng(1)
+    w, v = rng.normal(size=(80, 48)), rng.normal(size=(4, 80))
+    x = np.clip(rng.normal(0.5, 2.0, size=(6, 48)), 0, 1)  # many pixels at their bounds
+    y, rows = rng.integers(0, 4, 6), np.arange(6)
+    eps = 8 / 255
+
+    def gradient(p):
+        h = p @ w.T - w.sum(1) / 2
+        z = np.maximum(h, 0) @ v.T
+        if key == "cw":
+            others = z.copy()
+            others[rows, y] = -np.inf
+            slope = np.zeros_like(z)
+            slope[rows, y], slope[rows, others.argmax(1)] = -1, 1
+            slope *= (z[rows, y] - others.max(1) + 50 > 0)[:, None]
+        else:
+            slope = np.exp(z - z.max(1, keepdims=True))
+            slope /= slope.sum(1, keepdims=True)
+            slope[rows, y] -= 1
+        return ((slope @ v) * (h > 0)) @ w
+
+    def ascended(clip):
+        u = torch.rand(6, 3, 4, 4, dtype=torch.float64, generator=Draws(3, key).generator(0)).numpy().reshape(6, 48)
+        p = x + eps * (2 * u - 1)
+        p = np.clip(p, 0, 1) if clip else p
+        for _ in range(20 if key == "cw" else int(key[3:])):
+            p = p + 0.003 * np.sign(gradient(p))
+            p = np.clip(np.clip(p - x, -eps, eps) + x, 0, 1)
+        return p
+
+    def logits(images):
+        h = (images.flatten(1) - 0.5) @ torch.from_numpy(w).T
+        return torch.relu(h) @ torch.from_numpy(v).T
+
+    images = torch.from_numpy(x).reshape(6, 3, 4, 4)
+    found = built("cure_suite").attacks[key](logits, images, torch.from_numpy(y), Draws(3, key))
+    np.testing.assert_allclose(found.numpy().reshape(6, 48), ascended(clip=False), rtol=0, atol=1e-12)
+    assert not np.allclose(ascended(clip=True), ascended(clip=False), atol=1e-4)
 
 
 def test_members_are_a_part_of_an_identity_only_where_more_run_than_in_the_first_version():
