@@ -116,7 +116,14 @@ def add_audit(folder: Path, failed: Sequence[str] = ()) -> Path:
         {"name": name, "rule": f"what {name} asks", "value": 0.02, "limit": 0.01, "passed": name not in failed}
         for name in ("iterations", "restarts")
     ]
-    report = {"n": 256, "threat": {"norm": "linf", "eps": 8 / 255}, "failed": list(failed), "checks": checks}
+    report = {
+        "checkpoint": "last",
+        "weights": "student",
+        "n": 256,
+        "threat": {"norm": "linf", "eps": 8 / 255},
+        "failed": list(failed),
+        "checks": checks,
+    }
     (path / "audit.json").write_text(json.dumps(report))
     (path / "accuracy_over_eps.csv").write_text("eps,accuracy\n0.0,0.9\n0.004,0.8\n0.0314,0.5\n1.0,0.0\n")
     (path / "accuracy_over_iterations.csv").write_text("iterations,accuracy\n1,0.8\n10,0.6\n100,0.5\n")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.reporting.stores import CONFIG, add_evaluation, add_run, config, nested
 
+from redoubt.evaluation.results import ordered, robust
 from redoubt.reporting import groups
 from redoubt.reporting.collect import Record, records
 
@@ -89,7 +90,7 @@ def test_a_protocol_is_the_suite_with_all_its_settings(outputs: Path) -> None:
     labels = groups.protocols(found)
     assert len(labels) == len(set(labels.values())) == 2
     first = next(iter(labels))  # that of two runs
-    assert all(text.startswith("fsr_suite, linf eps 8/255 (0.03137) #") for text in labels.values())
+    assert all(text.startswith("fsr_suite, linf eps 8/255 (0.03137), student weights of last #") for text in labels.values())
     chosen = [groups.chosen(r, first, "pgd20") for r in found]
     assert [e and e.results["n"] for e in chosen] == [40, 40, None]
     assert groups.chosen(found[0], first, "cw") is None
@@ -124,11 +125,11 @@ def test_mean_and_sample_standard_deviation(values: list[float]) -> None:
 
 def test_metrics_stand_as_in_the_papers() -> None:
     names = ["ensemble", "pgd100", "square", "cw", "natural", "pgd20", "autoattack", "fgsm"]
-    ordered = ["natural", "fgsm", "pgd20", "pgd100", "cw", "square", "autoattack", "ensemble"]
-    assert groups.ordered(names) == ordered
-    assert groups.robust(names) == "ensemble"
-    assert groups.robust(["natural", "fgsm", "cw"]) == "cw"
-    assert groups.robust(["natural"]) is None
+    wanted = ["natural", "fgsm", "pgd20", "pgd100", "cw", "square", "autoattack", "ensemble"]
+    assert ordered(names) == wanted
+    assert robust(names) == "ensemble"
+    assert robust(["natural", "fgsm", "cw"]) == "cw"
+    assert robust(["natural"]) is None
 
 
 def test_labels_name_what_differs(outputs: Path) -> None:

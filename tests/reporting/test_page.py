@@ -68,7 +68,8 @@ def test_data_are_the_store_s(outputs: Path) -> None:
     differing = sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
     assert differing == differences(canonical(trees[0]), canonical(trees[1])) == ["data.seed", "seed"]
     lines = {p["title"]: p["series"] for p in details[0]["panels"]}
-    points = lines["Accuracy, training images (fixed subset)"]["clean"]
+    of = ", linf eps 8/255 (0.03137)\nof the weights that the run is judged by"
+    points = lines[f"Accuracy, training images (fixed subset){of}"]["clean"]
     assert (points[0], points[-1], len(points)) == ([1.0, 0.5], [200.0, 0.9975], 50)
     assert details[0]["audits"][0]["checks"][1]["name"] == "restarts"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from redoubt.errors import UserError
+from redoubt.evaluation.results import counted, is_own, named, names, standing
+from redoubt.reporting.table import suite_title, threat, weights
 from redoubt.runs.files import read_arrays, read_json, read_rows
 from redoubt.runs.store import Run, Store, Weights
 
@@ -27,7 +29,7 @@ class Evaluation:
 
     Args:
         folder: Holds ``results.json``, ``attack.json``, ``verdicts.npz``.
-        results: The contents of ``results.json``.
+        results: See `redoubt.evaluation.results.read_results`; metrics are called as `named` says.
         own: Whether it is of the checkpoint and the weights that its run is judged by.
     """
 
@@ -50,6 +52,17 @@ class Evaluation:
         """The contents of ``attack.json``: the suite as it was composed, and how it was evaluated."""
         return read_json(self.folder / "attack.json") or {}
 
+    @property
+    def place(self) -> str:
+        """What a number of it is of, in words: suite, threat model, weights and checkpoint."""
+        return f"{suite_title(self.results)}{threat(self.threat)}, {weights(self.results)}"
+
+    @property
+    def threat(self) -> Mapping[str, Any]:
+        """Norm and eps; None where there is none."""
+        found: Mapping[str, Any] | None = self.results.get("threat")
+        return found or {"norm": None, "eps": None}
+
     def examples(self) -> dict[str, np.ndarray] | None:
         """The first few test images and what the attacks made of them; None where none were kept.
 
@@ -59,13 +72,17 @@ class Evaluation:
         path = self.folder / "examples.npz"
         if not path.is_file():
             return None
-        found: dict[str, np.ndarray] = read_arrays(path)
-        return found
+        return self._named(read_arrays(path))
 
     def verdicts(self) -> dict[str, np.ndarray]:
-        """``index``, ``label`` int64 [N] and, by attack, which examples stayed right, bool [N]."""
+        """``index``, ``label`` int64 [N] and, by attack, which examples stayed right as `counted`, bool [N]."""
         found: dict[str, np.ndarray] = read_arrays(self.folder / "verdicts.npz")
-        return found
+        return self._named(found if "groups" in self.results or "natural" not in found else counted(found))
+
+    def _named(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        new = names(self.results)
+        parts = ((key.partition("/"), array) for key, array in arrays.items())
+        return {new.get(name, name) + slash + end: array for (name, slash, end), array in parts}
 
 
 @dataclass(frozen=True)
@@ -106,14 +123,14 @@ class Record:
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """The finished evaluations, the newest first; damaged ones are none."""
-        wanted = {"axes", "metrics"}
-        usual = self.config.get("evaluation") or {}
-        found = (
-            Evaluation(folder, r, all(r.get(key) == usual.get(key, r.get(key)) for key in ("checkpoint", "weights")))
-            for folder, r in self.run.evaluations()
-            if wanted <= r.keys()
-        )
-        return [e for e in found if isinstance(e.results["metrics"], dict) and "attack" in e.results["axes"]]
+        found = [(folder, r) for folder, r in self.run.evaluations() if {"axes", "metrics"} <= r.keys()]
+        whole = [(folder, r) for folder, r in found if isinstance(r["metrics"], dict) and "attack" in r["axes"]]
+        return [Evaluation(folder, named(r), is_own(r, self.config)) for folder, r in whole]
+
+    @cached_property
+    def standing(self) -> Evaluation | None:
+        """The evaluation that stands for the run; see `redoubt.evaluation.results.standing`."""
+        return standing_of(self, self.evaluations)
 
     @cached_property
     def audits(self) -> list[tuple[Path, dict[str, Any]]]:
@@ -121,6 +138,12 @@ class Record:
         found = [(p.parent, read_json(p)) for p in sorted((self.run.folder / "audit").glob("*/audit.json"))]
         judged = {e.results.get("weights_id") for e in self.evaluations} if isinstance(self.run, Weights) else None
         return [(f, report) for f, report in found if report and (judged is None or report.get("weights_id") in judged)]
+
+
+def standing_of(record: Record, evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Which of some of a run's evaluations stands for it."""
+    place = standing([(e.folder, e.results) for e in evaluations], record.config)
+    return None if place is None else evaluations[place]
 
 
 def records(outputs: Path | str) -> list[Record]:

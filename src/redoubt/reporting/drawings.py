@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,6 +129,7 @@ def examples(found: Pictures, attack: str, name: str) -> Figure:
     times = max(1, int(127 // max(1.0, np.abs(difference).max())))
     rows = {"clean": clean, f"difference x {times}": 128 + times * difference, name: adversarial}
     figure, all_axes = blank(3, len(clean), width=1.25, height=1.35)
+    figure.suptitle(textwrap.fill(found.place, 16 * len(clean)), fontsize=7)
     for i, axes in enumerate(all_axes):
         row, k = divmod(i, len(clean))
         title, images = list(rows.items())[row]

@@ -7,11 +7,11 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from redoubt.reporting.collect import CELL, Evaluation, Record
-from redoubt.reporting.table import threat
+from redoubt.reporting.table import suite_title, threat, weights
 from redoubt.runs.identity import EXCLUDED, deciding, digest, leaves
 
 
@@ -26,6 +26,7 @@ class Protocol:
         digest: Of every setting of the suite, of the number of test images where it is limited, and of the weights
             where they are not those that their run is judged by.
         special: Such a limit or such weights, for people.
+        shown: The suite's name with the members that ran, where these are not all of AutoAttack.
     """
 
     suite: str
@@ -33,11 +34,12 @@ class Protocol:
     eps: float | None
     digest: str
     special: str = ""
+    shown: str = ""
 
     @property
     def label(self) -> str:
         """``fsr_suite, linf eps 8/255 (0.03137)``."""
-        return self.suite + threat({"norm": self.norm, "eps": self.eps}) + self.special
+        return (self.shown or self.suite) + threat({"norm": self.norm, "eps": self.eps}) + self.special
 
 
 def protocol(evaluation: Evaluation) -> Protocol:
@@ -45,19 +47,32 @@ def protocol(evaluation: Evaluation) -> Protocol:
     limit = evaluation.settings.get("limit_test")
     special = "" if limit is None else f", {limit} images"
     if not evaluation.own:
-        special += ", {weights} weights of {checkpoint}".format(**evaluation.results)
-    settings, found = evaluation.settings, evaluation.results.get("threat") or {"norm": None, "eps": None}
+        special += f", {weights(evaluation.results)}"
+    settings, found, shown = evaluation.settings, evaluation.threat, suite_title(evaluation.results)
     rounded = (settings.get("evaluation") or {}).get("save") == "uint8"
     decisive = {"attack": settings.get("attack"), "rounded": rounded or None, "special": special or None}
-    return Protocol(evaluation.attack, found["norm"], found["eps"], digest(decisive)[:6], special)
+    return Protocol(evaluation.attack, found["norm"], found["eps"], digest(decisive)[:6], special, shown)
 
 
 def protocols(records: Iterable[Record]) -> dict[Protocol, str]:
-    """Every protocol and its label, that of most runs first; labels are unique."""
-    counts = Counter(p for r in records for p in {protocol(e) for e in r.evaluations})
+    """Every protocol and its label with what weights were judged, that of most runs first; labels are unique."""
+    counts: Counter[Protocol] = Counter()
+    judged: dict[Protocol, set[str]] = {}
+    for record in records:
+        own = {protocol(e): weights(e.results) for e in record.evaluations}
+        counts.update(own.keys())
+        for p, text in own.items():
+            judged.setdefault(p, set()).add(text)
     order = sorted(counts, key=lambda p: (-counts[p], p.label, p.digest))
-    same = Counter(p.label for p in order)
-    return {p: p.label if same[p.label] == 1 else f"{p.label} #{p.digest}" for p in order}
+    labels = {p: p.label + _weights(p, judged[p]) for p in order}
+    same = Counter(labels.values())
+    return {p: text if same[text] == 1 else f"{text} #{p.digest}" for p, text in labels.items()}
+
+
+def _weights(protocol: Protocol, judged: set[str]) -> str:
+    """The weights and the checkpoint of a protocol's evaluations, where its label does not have them yet."""
+    text = next(iter(judged)) if len(judged) == 1 else "the weights that each run is judged by"
+    return "" if protocol.special.endswith(text) else f", {text}"
 
 
 def chosen(record: Record, wanted: Protocol, metric: str) -> Evaluation | None:
@@ -98,11 +113,25 @@ class Sweep:
         keys: The dotted key of each axis; keys that moved together are joined by `` = ``.
         cell: What all its runs share of data, model, defense and base.
         points: The runs at each value, or pair of values.
+        fixed: The value here of each key that other sweeps of the same cell have elsewhere; None: it is not set.
     """
 
     keys: tuple[str, ...]
     cell: dict[str, Any]
     points: dict[tuple[float, ...], list[Record]]
+    fixed: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """``fsr + at, resnet18, cifar10; defense.tau=0.1``."""
+        cell = "{defense} + {base}, {model}, {data}".format(**self.cell)
+        return "; ".join([cell, *self.at])
+
+    @property
+    def at(self) -> list[str]:
+        """What is fixed, as words of a command."""
+        firsts = {key.split(" = ")[0]: value for key, value in self.fixed.items()}
+        return [f"{key}={'null' if value is None else f'{value:g}'}" for key, value in firsts.items()]
 
     def values(self, axis: int) -> list[float]:
         """The values of one axis, ascending."""
@@ -149,10 +178,12 @@ def _slices(
         if None not in at:
             pieces.setdefault(rest, {}).setdefault(tuple(v for v in at if v is not None), []).append(record)
     found = []
-    for points in pieces.values():
+    others = [" = ".join(axis) for axis in axes if axis not in along]
+    for rest, points in pieces.items():
         first = next(iter(points.values()))[0]
         cell = {axis: first.axes[axis] for axis in CELL if axis != "seed"}
-        sweep = Sweep(tuple(" = ".join(axis) for axis in along), cell, points)
+        fixed = dict(zip(others, rest, strict=True))
+        sweep = Sweep(tuple(" = ".join(axis) for axis in along), cell, points, fixed)
         sizes = [len(sweep.values(i)) for i in range(len(along))]
         if min(sizes) > 1 and len(points) > (1 if len(sizes) == 1 else sum(sizes) - 1):
             found.append(sweep)
@@ -170,25 +201,3 @@ def labels(records: Sequence[Record]) -> dict[str, str]:
 
 def _axis(axis: str, value: Any) -> str:
     return f"s{value}" if axis == "seed" else str(value)
-
-
-#: The number that stands for a run's robustness: the first of these that it has.
-ROBUST = ("ensemble", "autoattack", "pgd20")
-
-
-def ordered(metrics: Iterable[str]) -> list[str]:
-    """Metrics as papers order them: natural, FGSM, PGD by its steps, C&W, others, AutoAttack, Ensemble."""
-    ends = {"natural": 0, "fgsm": 1, "cw": 3, "autoattack": 5, "ensemble": 6}
-
-    def place(metric: str) -> tuple[int, int, str]:
-        if metric.startswith("pgd") and metric[3:].isdigit():
-            return 2, int(metric[3:]), metric
-        return ends.get(metric, 4), 0, metric
-
-    return sorted(set(metrics), key=place)
-
-
-def robust(metrics: Iterable[str]) -> str | None:
-    """The metric that stands for robustness where none was asked for; None where nothing was attacked."""
-    names = [m for m in ordered(metrics) if m != "natural"]
-    return next((m for m in ROBUST if m in names), names[-1] if names else None)

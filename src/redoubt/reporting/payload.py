@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from redoubt.errors import UserError
+from redoubt.evaluation.results import ROBUST, ordered
 from redoubt.reporting import groups
 from redoubt.reporting.collect import Evaluation, Record
 from redoubt.reporting.pictures import pictures
 from redoubt.reporting.series import Panel, Points, panels, updates
-from redoubt.reporting.table import title
+from redoubt.reporting.table import audit_place, title
 from redoubt.runs.identity import EXCLUDED, canonical, leaves
 
 #: Points that are kept of a curve, and epochs of a heat map.
@@ -38,8 +39,8 @@ def payload(records: Sequence[Record], limit: int) -> dict[str, Any]:
     metrics = {m for run in runs for e in run["evaluations"] for m in e["metrics"]}
     value: dict[str, Any] = {
         "protocols": list(protocols.values()),
-        "metrics": {m: title(m) for m in groups.ordered(metrics)},
-        "robust": groups.ROBUST,
+        "metrics": {m: title(m) for m in ordered(metrics)},
+        "robust": ROBUST,
         "excluded": sorted(EXCLUDED),
         "runs": runs,
         "sweeps": [_sweep(s, number) for s in groups.sweeps(records)],
@@ -101,6 +102,7 @@ def _run(record: Record, protocols: list[groups.Protocol]) -> dict[str, Any]:
         "started": status.get("started"),
         "train_seconds": status.get("train_seconds"),
         "evaluations": [_evaluation(e, protocols) for e in record.evaluations],
+        "standing": None if record.standing is None else record.evaluations.index(record.standing),
     }
 
 
@@ -150,7 +152,7 @@ def _pictures(record: Record) -> tuple[dict[str, Any], dict[str, Any]] | None:
         return None
     clean = {"shape": found.clean.shape, "pixels": packed(found.clean.tobytes())}
     examples = {
-        "suite": found.suite,
+        "place": found.place,
         "clean": hashlib.sha256(found.clean.tobytes()).hexdigest()[:10],
         "labels": found.labels,
         "predicted": found.predicted,
@@ -173,8 +175,7 @@ def _details(record: Record) -> dict[str, Any]:
         "audits": [
             {
                 "id": folder.name,
-                "n": report["n"],
-                "threat": report["threat"],
+                "place": audit_place(report),
                 "failed": report["failed"],
                 "checks": [{key: check[key] for key in checks} for check in report["checks"]],
             }
@@ -192,7 +193,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
 
 def _sweep(sweep: groups.Sweep, number: Mapping[int, int]) -> dict[str, Any]:
     points = [{"at": at, "runs": [number[id(r)] for r in runs]} for at, runs in sorted(sweep.points.items())]
-    return {"keys": sweep.keys, "cell": sweep.cell, "points": points}
+    return {"keys": sweep.keys, "title": sweep.title, "points": points}
 
 
 def thinned(values: Sequence[Any], most: int) -> list[Any]:

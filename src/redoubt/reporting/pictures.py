@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from redoubt.errors import UserError
-from redoubt.reporting.collect import Evaluation, Record
+from redoubt.reporting.collect import Evaluation, Record, standing_of
 
 #: Images and attacks that are shown of a run.
 IMAGES, ATTACKS = 4, 2
@@ -18,14 +18,14 @@ class Pictures:
     """The first test images and what attacks made of them.
 
     Args:
-        suite: The evaluation's attack suite.
+        place: The evaluation's suite, threat model, weights and checkpoint.
         labels: True classes by name, [E].
         clean: uint8 [E, 3, H, W].
         predicted: By attack, and for the clean images by ``clean``, what the net says, class names [E].
         adversarial: By attack, uint8 [E, 3, H, W].
     """
 
-    suite: str
+    place: str
     labels: list[str]
     clean: np.ndarray
     predicted: dict[str, list[str]]
@@ -33,11 +33,13 @@ class Pictures:
 
 
 def pictures(record: Record) -> Pictures | None:
-    """Of the newest evaluation that kept some, the strongest attacks; None where none did."""
-    for evaluation in record.evaluations:
+    """The strongest attacks of the evaluation that stands for the run, of those that kept some; None where none did."""
+    left = list(record.evaluations)
+    while (evaluation := standing_of(record, left)) is not None:
         examples = _examples(evaluation)
         if examples is not None:
             return examples
+        left.remove(evaluation)
     return None
 
 
@@ -58,7 +60,7 @@ def _examples(evaluation: Evaluation) -> Pictures | None:
         return [classes[i] if 0 <= i < len(classes) else str(i) for i in indices[:IMAGES].tolist()]
 
     return Pictures(
-        suite=evaluation.attack,
+        place=evaluation.place,
         labels=named(found["label"]),
         clean=found["clean"][:IMAGES],
         predicted={name: named(found[f"{name}/predicted"]) for name in ("clean", *attacks)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from redoubt.errors import UserError, did_you_mean
+from redoubt.evaluation.results import ordered, robust
 from redoubt.reporting import groups
 from redoubt.reporting.collect import Record, records
 from redoubt.reporting.pictures import pictures
@@ -27,10 +29,11 @@ Named = Iterator[tuple[str, "Figure"]]
 
 @dataclass(frozen=True)
 class Column:
-    """The accuracies of a figure: one metric under one protocol."""
+    """The accuracies of a figure: one metric under one protocol, and what these are in words."""
 
     protocol: groups.Protocol
     metric: str
+    label: str
 
     def spread(self, runs: Sequence[Record], metric: str | None = None) -> tuple[float, float | None] | None:
         """Mean and standard deviation over those of the runs that have the metric."""
@@ -54,19 +57,29 @@ class Choice:
     metric: str | None
     protocols: set[groups.Protocol]
 
-    def column(self, runs: Sequence[Record]) -> Column | None:
-        """Of some runs: under the protocol that most of them have. None where they have none."""
-        protocol = next((p for p in groups.protocols(runs) if p in self.protocols), None)
+    def column(self, *points: Sequence[Record]) -> Column | None:
+        """Of the points of a figure, each some runs: under the protocol that most runs have. None where none has one.
+
+        The metric is one that every point has, or, where there is none, that most of them have.
+        """
+        runs = [record for point in points for record in point]
+        labels = groups.protocols(runs)
+        protocol = next((p for p in labels if p in self.protocols), None)
         if protocol is None:
             return None
-        metrics = _metrics(runs, {protocol})
-        metric = self.metric or groups.robust(metrics)
-        return Column(protocol, metric) if metric in metrics else None
+        counts = Counter(m for point in points for m in set(_metrics(point, {protocol})))
+        metric = self.metric or robust(m for m in counts if m != "natural" and counts[m] == _most(counts))
+        return Column(protocol, metric, labels[protocol]) if metric is not None and metric in counts else None
+
+
+def _most(counts: Counter[str]) -> int:
+    """How many points have the attack that most of them have."""
+    return max((n for metric, n in counts.items() if metric != "natural"), default=0)
 
 
 def _metrics(runs: Sequence[Record], under: set[groups.Protocol]) -> list[str]:
     evaluations = (e for r in runs for e in r.evaluations if groups.protocol(e) in under)
-    return groups.ordered(m for e in evaluations for m in e.results["metrics"])
+    return ordered(m for e in evaluations for m in e.results["metrics"])
 
 
 def plot(
@@ -87,7 +100,8 @@ def plot(
             which every run has its own, where ``runs`` names some.
         to: The folder to write to (default: ``<outputs>/figures``).
         runs: A run or ``[several]``, by name, hash or an unambiguous part; all by default.
-        metric: The accuracy of scatter and sweep, as ``pgd20`` (default: ensemble, autoattack or pgd20).
+        metric: The accuracy of scatter and sweep, as ``pgd20`` (default: of what all points have, ensemble, autoattack
+            or pgd20).
         suite: The attack suite whose accuracies these are (default: the one of most runs).
 
     Raises:
@@ -147,7 +161,7 @@ def _scatter(choice: Choice) -> Named:
     from redoubt.reporting import drawings
 
     for cell, of_cell in _cells(choice).items():
-        column = choice.column(of_cell)
+        column = choice.column(*([record] for record in of_cell))
         points = {}
         for i, runs in enumerate(groups.by_seed(of_cell) if column else ()):
             natural, robust = column.spread(runs, "natural"), column.spread(runs)  # type: ignore[union-attr]
@@ -155,7 +169,7 @@ def _scatter(choice: Choice) -> Named:
                 points[runs[0].axes["defense"], runs[0].axes["base"], i] = (natural, robust)
         if points and column:
             names = {"x": title("natural"), "y": title(column.metric)}
-            yield f"scatter-{cell}", drawings.scatter(points, **names, title=f"{cell}, {column.protocol.label}")
+            yield f"scatter-{cell}", drawings.scatter(points, **names, title=f"{cell}\n{column.label}")
 
 
 def _cells(choice: Choice) -> dict[str, list[Record]]:
@@ -218,24 +232,24 @@ def _sweep(choice: Choice) -> Named:
     from redoubt.reporting import drawings
 
     for number, sweep in enumerate(groups.sweeps(choice.records)):
-        column = choice.column([r for runs in sweep.points.values() for r in runs])
+        column = choice.column(*sweep.points.values())
         if column is None:
             continue
         spreads = {at: column.spread(runs) for at, runs in sorted(sweep.points.items())}
         there = {at: s for at, s in spreads.items() if s is not None}
-        cell = "{defense} + {base}, {model}, {data}".format(**sweep.cell)
+        heading = f"{sweep.title}\n{column.label}"
         keys = [key.split(" = ")[0] for key in sweep.keys]
-        stem = "-".join(["sweep", *keys, str(number)])
+        stem = "-".join(["sweep", *keys, *sweep.at, str(number)])
         if len(keys) == 1 and len(there) > 1:
             x = [at[0] for at in there]
-            texts = {"key": keys[0], "metric": title(column.metric), "title": cell}
+            texts = {"key": keys[0], "metric": title(column.metric), "title": heading}
             yield stem, drawings.curve(x, list(there.values()), **texts, log=spans_decades(x))
         elif there and len(keys) == 2:
             rows, columns = (sorted({at[i] for at in there}, reverse=i == 0) for i in (0, 1))
             means = {at: mean for at, (mean, _) in there.items()}
             values = np.array([[means.get((r, c), np.nan) for c in columns] for r in rows])
             names = [[f"{v:g}" for v in axis] for axis in (rows, columns)]
-            heading = f"{title(column.metric)}, {cell}"
+            heading = f"{title(column.metric)}, {heading}"
             yield stem, drawings.grid(values, *names, x=keys[1], y=keys[0], title=heading)
 
 

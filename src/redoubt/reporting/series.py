@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redoubt.reporting.collect import Record
+from redoubt.reporting.table import audit_place, threat
 from redoubt.runs.files import read_rows
 
 Points = list[tuple[float, float]]
@@ -72,10 +73,12 @@ def spans_decades(values: Sequence[float]) -> bool:
 
 def _learning(record: Record) -> list[Panel]:
     columns = list(dict.fromkeys(key for row in record.metrics for key in row))
+    of_threat = threat(record.config.get("threat") or {"norm": None, "eps": None})
     found = []
     for split in SPLITS:
         names = {c: c.split("/", 1)[1] for c in columns if c.startswith(f"{split}/") and "/gap_" not in c}
         where = "training images (fixed subset)" if split == "train_probe" else "validation split"
+        where += f"{of_threat}\nof the weights that the run is judged by"
         series = {name: _points(record, c) for c, name in names.items()}
         found.append(Panel("curves", f"Accuracy, {where}", "epoch", "accuracy", series, percent=True))
     skipped = ("train/updated/", "train/accuracy", "train/grad_norm")
@@ -106,7 +109,7 @@ def _audit(record: Record) -> list[Panel]:
         rows = read_rows(folder / f"accuracy_over_{x}.csv")
         points = [(float(row[x]), float(row["accuracy"])) for row in rows]
         log = spans_decades([p[0] for p in points])
-        title = f"Accuracy over {x}, {report['n']} images{' (dashed: the threat model)' if mark else ''}"
+        title = f"Accuracy over {x}{' (dashed: the threat model)' if mark else ''}\n{audit_place(report)}"
         found.append(Panel(x, title, x, "accuracy", {"accuracy": points}, percent=True, log=log, mark=mark))
     return found
 

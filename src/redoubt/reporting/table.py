@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from redoubt.evaluation.results import named
+from redoubt.evaluation.results import named, names
 
 TITLES = {
     "natural": "Natural",
@@ -47,9 +47,19 @@ def threat(model: Mapping[str, Any]) -> str:
     return f", {model['norm']} eps {shown} ({eps:.4g})"
 
 
+def suite_title(results: Mapping[str, Any]) -> str:
+    """The suite's name, with the members that ran where it has AutoAttack and these are not all."""
+    return str(results["axes"]["attack"]) + "".join(new.removeprefix(old) for old, new in names(results).items())
+
+
 def weights(results: Mapping[str, Any]) -> str:
     """``student weights of last``: what was evaluated, or audited."""
     return f"{results['weights']} weights of {results['checkpoint']}"
+
+
+def audit_place(report: Mapping[str, Any]) -> str:
+    """What an audit's numbers are of: ``256 images, linf eps 8/255 (0.03137), student weights of last``."""
+    return f"{report['n']} images{threat(report['threat'])}, {weights(report)}"
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -59,8 +69,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     caption = "accuracy in %, 95 % Wilson interval"
     if any("outside" in m for r in results for m in r["metrics"].values()):
         caption += "; *: some images left the ball and count as not attacked"
-    axes = first["axes"]
-    heading = f"{axes['data']}, {first['n']} test images, {axes['attack']}{threat(first['threat'])}"
+    heading = f"{first['axes']['data']}, {first['n']} test images, {suite_title(first)}{threat(first['threat'])}"
     table = Table(title=heading, caption=caption, min_width=len(heading))
     table.add_column("attack")
     for r in results:
@@ -95,7 +104,7 @@ def _heading(results: Mapping[str, Any]) -> str:
     axes = results["axes"]
     if axes["base"] is None:
         return f"{Path(results['checkpoint']).name}\n{' + '.join(filter(None, (axes['model'], axes['defense'])))}"
-    return f"{axes['defense']} + {axes['base']}\n{axes['model']}, {weights(results)}"
+    return f"{axes['defense']} + {axes['base']}\n{axes['model']}\n{weights(results)}"
 
 
 def rescored_table(scores: Mapping[str, Any], name: str) -> Table:
@@ -114,7 +123,7 @@ def rescored_table(scores: Mapping[str, Any], name: str) -> Table:
 def audit_table(report: Mapping[str, Any]) -> Table:
     """An audit's checks: what was measured, and the largest value that passes."""
     verdict = "passed" if report["passed"] else f"FAILED: {', '.join(report['failed'])}"
-    heading = f"Audit of {report['run']}, {weights(report)}, {report['n']} images{threat(report['threat'])}: {verdict}"
+    heading = f"Audit of {report['run']}, {audit_place(report)}: {verdict}"
     table = Table(title=heading, min_width=min(len(heading), 100))
     for column in ("check", "measured", "limit", "", "what must hold"):
         table.add_column(column, justify="right" if column in ("measured", "limit") else "left")

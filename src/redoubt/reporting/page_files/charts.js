@@ -1,5 +1,8 @@
 // Scatter, lines, heat map: each gives the nodes that `draw` puts into its box.
 
+/** What a chart's numbers are of. */
+const caption = (text) => el("p", { className: "muted small", textContent: text });
+
 /** A legend entry for each name; `symbol(i)` draws within 26 x 12 pixels. */
 function legend(names, symbol) {
   const entry = (name, i) => el("span", {}, svg("svg", { viewBox: "0 0 26 12", "aria-hidden": "true" }, symbol(i)), name);
@@ -7,7 +10,7 @@ function legend(names, symbol) {
 }
 
 /** Points {x, y, dx, dy, colour, shape, text, open}; dx and dy are standard deviations, in %. */
-function scatter(width, points, { xLabel, yLabel, colours, shapes }) {
+function scatter(width, points, { xLabel, yLabel, title, colours, shapes }) {
   const height = Math.min(420, Math.max(280, width * 0.6)), area = [44, 24, width - 12, height - 42];
   const ends = (of, sd) => points.flatMap((p) => [p[of] - p[sd], p[of] + p[sd]]);
   const x = scaleOf(ends("x", "dx"), area[0] + 10, area[2] - 10, { pad: 0.05, about: width / 70 });
@@ -22,7 +25,7 @@ function scatter(width, points, { xLabel, yLabel, colours, shapes }) {
   });
   const dot = (i) => marker(13, 6, 0, { fill: colour(i) });
   const shape = (i) => marker(13, 6, i, { fill: "none", stroke: "var(--muted)", "stroke-width": 1.5 });
-  return [legend(colours, dot), legend(shapes, shape), explore(root, places)];
+  return [caption(title), legend(colours, dot), legend(shapes, shape), explore(root, places)];
 }
 
 /** Series of points [x, y, sd?] by name; `percent`: y is an accuracy in [0, 1]. */

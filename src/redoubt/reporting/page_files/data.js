@@ -16,11 +16,16 @@ function clock(seconds) {
   return `${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${two(s % 60)}`;
 }
 
-/** A run's evaluations under a protocol, that on most images first; under "any" all of them, the newest first. */
+/** A run's evaluations under a protocol, that on most images first; under "any" all of them, that which stands for it first. */
 function evaluationsOf(run, protocol) {
-  if (protocol === "any") return run.evaluations;
+  if (protocol === "any") return [...run.evaluations].sort((a, b) => (b === standingOf(run)) - (a === standingOf(run)));
   return run.evaluations.filter((e) => e.protocol === Number(protocol)).sort((a, b) => b.n - a.n);
 }
+
+const standingOf = (run) => run.evaluations[run.standing];
+
+/** What the numbers under a protocol are of. */
+const labelOf = (protocol) => (protocol === "any" ? "of each run the evaluation that stands for it" : DATA.protocols[protocol]);
 
 /** The evaluation that gives a run its number for a metric. */
 const evaluationWith = (run, metric, protocol) => evaluationsOf(run, protocol).find((e) => metric in e.metrics);

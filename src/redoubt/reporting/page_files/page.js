@@ -26,7 +26,7 @@ function setUpFilters() {
     fill(select, [["", "all"], ...values.map((v) => [v, v])], "");
     byId("filters").append(el("label", {}, axis, select));
   }
-  fill(byId("protocol"), [...DATA.protocols.map((text, i) => [i, text]), ["any", "any, the newest of each run"]], DATA.protocols.length ? 0 : "any");
+  fill(byId("protocol"), [...DATA.protocols.map((text, i) => [i, text]), ["any", `any: ${labelOf("any")}`]], DATA.protocols.length ? 0 : "any");
   byId("filters").addEventListener("input", showTable);
   byId("mean").addEventListener("change", showTable);
   byId("protocol").addEventListener("change", showSweep);

@@ -34,7 +34,7 @@ function evaluationsTable(run) {
   const accuracies = (e) => el("div", {}, ...Object.entries(e.metrics).map(([name, [value, low, high]]) =>
     el("div", { textContent: `${metricTitle(name)} ${percent(value)}${low == null ? "" : ` [${percent(low)}, ${percent(high)}]`}` })));
   const audit = (e) => (e.audit_failed.length ? `failed: ${e.audit_failed.join(", ")}` : e.audit);
-  const rows = run.evaluations.map((e) => [DATA.protocols[e.protocol], accuracies(e), String(e.n), `${e.checkpoint}, ${e.weights}`, audit(e), clock(e.seconds)]);
+  const rows = run.evaluations.map((e) => [DATA.protocols[e.protocol] + (e === standingOf(run) ? " (stands for the run)" : ""), accuracies(e), String(e.n), `${e.checkpoint}, ${e.weights}`, audit(e), clock(e.seconds)]);
   return [el("h3", { textContent: "Evaluations, the newest first" }),
     tableOf(["suite", "accuracy in % and 95 % interval", "images", "checkpoint, weights", "audit", "time"], rows, [2, 5])];
 }
@@ -66,7 +66,7 @@ function audits({ audits: all }) {
     const rows = audit.checks.map((c) => [c.name, c.value == null ? MISSING : short(c.value), c.limit == null ? MISSING : short(c.limit),
       el("span", { className: c.passed === false ? "bad" : c.passed ? "good" : "" }, c.passed === false ? "FAILED" : c.passed ? "ok" : "skipped"), c.rule]);
     const verdict = audit.failed.length ? `failed: ${audit.failed.join(", ")}` : "passed";
-    return el("details", {}, el("summary", {}, `${audit.id}, ${audit.n} images: `, el("span", { className: audit.failed.length ? "bad" : "good" }, verdict)),
+    return el("details", {}, el("summary", {}, `${audit.id}, ${audit.place}: `, el("span", { className: audit.failed.length ? "bad" : "good" }, verdict)),
       tableOf(["check", "measured", "limit", "", "what must hold"], rows, [1, 2], "wrap"));
   };
   return all.length ? [el("h3", { textContent: "Audits" }), ...all.map(one)] : [];
@@ -85,7 +85,7 @@ function painted(shape, of) {
 
 async function examples(run) {
   if (!run.examples) return [];
-  const { suite, clean: id, labels, predicted, added } = run.examples, { shape, pixels } = DATA.clean[id];
+  const { place, clean: id, labels, predicted, added } = run.examples, { shape, pixels } = DATA.clean[id];
   const clean = await inflated(pixels), size = shape[1] * shape[2] * shape[3];
   const figure = (canvas, ...text) => el("figure", {}, canvas, el("figcaption", {}, ...text));
   const parts = [];
@@ -99,7 +99,7 @@ async function examples(run) {
         figure(painted(shape.slice(1), (i) => 128 + times * (last(i) - first(i))), `difference × ${times}`),
         figure(painted(shape.slice(1), last), el("span", { className: right ? "good" : "bad" }, `${label} → ${predicted[attack][k]}`)));
     });
-    parts.push(el("h4", { textContent: `${metricTitle(attack)} of ${suite}` }), el("div", { className: "examples" }, ...shown));
+    parts.push(el("h4", { textContent: `${metricTitle(attack)} of ${place}` }), el("div", { className: "examples" }, ...shown));
   }
   return [el("h3", { textContent: "Adversarial examples: clean, difference, adversarial; label → predicted" }), ...parts];
 }

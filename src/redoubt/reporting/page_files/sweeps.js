@@ -1,7 +1,7 @@
-// Runs that differ in one numeric key (a curve) or in two (a heat map), mean over seeds.
+// Runs that differ in one numeric key (a curve) or in two (a heat map), mean over seeds; further keys are fixed.
 
 function setUpSweeps() {
-  const text = ({ keys, cell, points }) => `${keys.join(" × ")}: ${cell.defense} + ${cell.base}, ${cell.model}, ${cell.data} (${points.length} points)`;
+  const text = ({ keys, title, points }) => `${keys.join(" × ")}: ${title} (${points.length} points)`;
   byId("sweeps").hidden = !DATA.sweeps.length;
   document.querySelector('nav a[href="#sweeps"]').hidden = !DATA.sweeps.length;
   fill(byId("sweep"), DATA.sweeps.map((s, i) => [i, text(s)]));
@@ -11,8 +11,15 @@ function setUpSweeps() {
 function showSweep() {
   const sweep = DATA.sweeps[byId("sweep").value], protocol = byId("protocol").value, select = byId("sweep-metric");
   if (!sweep) return;
-  const metrics = metricsUnder(protocol, sweep.points.flatMap((p) => p.runs.map((i) => RUNS[i])));
-  fill(select, metrics.map((m) => [m, metricTitle(m)]), metrics.includes(select.value) ? select.value : robustOf(metrics));
+  const of = sweep.points.map((p) => metricsUnder(protocol, p.runs.map((i) => RUNS[i])));
+  const metrics = Object.keys(DATA.metrics).filter((m) => of.some((there) => there.includes(m)));
+  const pointsWith = (m) => of.filter((there) => there.includes(m)).length, attacks = metrics.filter((m) => m !== "natural");
+  const most = Math.max(...attacks.map(pointsWith)), usual = robustOf(attacks.filter((m) => pointsWith(m) === most)) ?? metrics[0];
+  // A choice stays as long as it is the same sweep's.
+  const kept = select.dataset.sweep === byId("sweep").value && metrics.includes(select.value);
+  const text = (m) => metricTitle(m) + (pointsWith(m) < of.length ? ` (${pointsWith(m)} of ${of.length} points)` : "");
+  fill(select, metrics.map((m) => [m, text(m)]), kept ? select.value : usual);
+  select.dataset.sweep = byId("sweep").value;
   const metric = select.value;
   const points = sweep.points.flatMap(({ at, runs }) => {
     const found = meanOf(runs.map((i) => accuracy(RUNS[i], metric, protocol)));
@@ -20,7 +27,8 @@ function showSweep() {
   });
   const nothing = el("p", { className: "muted", textContent: "None of its runs was evaluated by this suite." });
   const make = sweep.keys.length === 1 ? sweepCurve : sweepMap;
-  draw(byId("sweep-chart"), (width) => (points.length ? make(width, sweep, points, metricTitle(metric)) : [nothing]));
+  const heading = caption(`${metricTitle(metric)}, ${sweep.title}; ${labelOf(protocol)}`);
+  draw(byId("sweep-chart"), (width) => (points.length ? [heading, ...make(width, sweep, points, metricTitle(metric))] : [nothing]));
 }
 
 function sweepCurve(width, { keys: [key] }, points, name) {

@@ -40,7 +40,7 @@ function metricCell(runs, metric, protocol) {
   const e = evaluationWith(runs[0], metric, protocol), [value, low, high, outside] = e.metrics[metric];
   const interval = low == null ? "" : `[${percent(low)}, ${percent(high)}], `;
   const note = outside ? `; ${outside} left the ball` : "";
-  return cell(percent(value) + (outside ? "*" : ""), value, `${interval}${e.n} images, ${e.checkpoint} checkpoint, ${e.weights}, ${e.id}${note}`);
+  return cell(percent(value) + (outside ? "*" : ""), value, `${interval}${DATA.protocols[e.protocol]}, ${e.n} images, ${e.weights} weights of ${e.checkpoint}, ${e.id}${note}`);
 }
 
 function nrrCell(runs, name, protocol) {
@@ -140,6 +140,6 @@ function showScatter(rows, protocol) {
       text: `${defense} + ${base}, ${model}, ${data}\nNatural ${meanText(x)}\n${metricTitle(metric)} ${meanText(y)}`, open: () => openRun(runs[0]),
     }];
   });
-  const labels = { xLabel: "Natural accuracy in %", yLabel: `${metricTitle(metric)} in %`, colours: defenses, shapes: bases };
+  const labels = { xLabel: "Natural accuracy in %", yLabel: `${metricTitle(metric)} in %`, title: labelOf(protocol), colours: defenses, shapes: bases };
   draw(byId("scatter-chart"), (width) => (points.length ? scatter(width, points, labels) : [el("p", { className: "muted", textContent: "None of these runs has both accuracies." })]));
 }
