@@ -90,7 +90,8 @@ def test_a_protocol_is_the_suite_with_all_its_settings(outputs: Path) -> None:
     labels = groups.protocols(found)
     assert len(labels) == len(set(labels.values())) == 2
     first = next(iter(labels))  # that of two runs
-    assert all(text.startswith("fsr_suite, linf eps 8/255 (0.03137), student weights of last #") for text in labels.values())
+    said = "fsr_suite, linf eps 8/255 (0.03137), student weights of last #"
+    assert all(text.startswith(said) for text in labels.values())
     chosen = [groups.chosen(r, first, "pgd20") for r in found]
     assert [e and e.results["n"] for e in chosen] == [40, 40, None]
     assert groups.chosen(found[0], first, "cw") is None

@@ -176,7 +176,8 @@ def test_two_runs_compared_on_the_same_examples(opened: Browser, verdicts: dict)
         "AutoAttack",
         "Ensemble",
     ]
-    assert opened.texts("#comparison h4") == ["fsr_suite, linf eps 8/255 (0.03137), student weights of last, 1003 images"]
+    (heading,) = opened.texts("#comparison h4")
+    assert heading == "fsr_suite, linf eps 8/255 (0.03137), student weights of last, 1003 images"
     for row, name in zip(rows, a, strict=False):
         only = [int((x & ~y).sum()) for x, y in ((a[name], b[name]), (b[name], a[name]))]
         assert row[1:5] == [str(v) for v in ((a[name] & b[name]).sum(), *only, (~a[name] & ~b[name]).sum())]

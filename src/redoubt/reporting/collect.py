@@ -158,7 +158,7 @@ def records(outputs: Path | str) -> list[Record]:
     return list(_readable(store.list()))
 
 
-def weights(outputs: Path | str) -> list[Record]:
+def weight_files(outputs: Path | str) -> list[Record]:
     """Weights of files that were evaluated with a store."""
     return list(_readable(Store(outputs).weights()))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import redoubt
 from redoubt.errors import UserError
-from redoubt.reporting.collect import Record, records, weights
+from redoubt.reporting.collect import Record, records, weight_files
 from redoubt.reporting.payload import payload
 from redoubt.runs.files import write_text
 from redoubt.units import as_number
@@ -38,7 +38,7 @@ def html(*, outputs: str = "outputs", to: str | None = None, limit_mb: float = 2
     Raises:
         UserError: There are no runs, or the file cannot be written.
     """
-    files = weights(outputs)
+    files = weight_files(outputs)
     found = [*(records(outputs) if not files or (Path(outputs) / "runs").is_dir() else []), *files]
     if not found:
         raise UserError(f"paths.outputs={outputs}: its runs/ is empty: train some, or name another folder")
