@@ -421,7 +421,11 @@ def test_wandb_offline_asks_nothing_and_keeps_no_secret(tmp_path: Path) -> None:
         tmp_path, "train", *SMALL, "logger=wandb", "logger.offline=true", seconds=60, WANDB_API_KEY=canary
     ).good()
     run = only_run(tmp_path)
-    assert list(run.folder.rglob("*.wandb"))
+    parts = sorted(file.parent.relative_to(tmp_path) for file in run.folder.rglob("*.wandb"))
+    assert len(parts) == 2  # of the training, and of the evaluation
+    where, command = done.out.splitlines()[-1].split("; to send it: ")
+    assert where.endswith(f"W&B, offline: {run.folder.relative_to(tmp_path) / 'wandb'}")
+    assert sorted(command.partition("wandb sync ")[2].split()) == [str(part) for part in parts]
     assert canary not in done.out + done.err
     for file in filter(Path.is_file, tmp_path.rglob("*")):
         assert canary.encode() not in file.read_bytes(), file

@@ -32,6 +32,7 @@ from redoubt.evaluation.results import read_results
 from redoubt.evaluation.suite import suite
 from redoubt.export import export
 from redoubt.nets import load_backbone, split_choice
+from redoubt.reporting import wandb_run
 from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
 from redoubt.runs.files import read_json
@@ -59,7 +60,10 @@ def run(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     try:
         asked_to = requests.heard(signal.SIGTERM, *([number] if number else []))
         with asked_to, _connected(cfg), together(facts(command, cfg)), no_other_exit():
-            return {"train": train, "eval": evaluate_only, "audit": audit}[command](cfg, overrides)
+            try:
+                return {"train": train, "eval": evaluate_only, "audit": audit}[command](cfg, overrides)
+            finally:
+                wandb_run.tell()
     except Stopped as stopped:  # what is to be kept is kept
         asked = int(stopped.code or 0) - 128
         if launched.first() and asked > 0 and not deadline.over():  # its end says whoever has set it

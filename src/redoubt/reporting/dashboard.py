@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from redoubt.errors import UserError
 from redoubt.reporting.collect import Record, records
-from redoubt.reporting.wandb_run import logged_in, warn
+from redoubt.reporting.wandb_run import logged_in, sync, warn
 from redoubt.runs.files import write_text
 
 if TYPE_CHECKING:  # imports W&B
@@ -115,8 +115,7 @@ def _what_to_do(runs: Sequence[Record], outputs: str) -> list[str]:
     unsent = [f for f in folders if not list(f.glob("*.synced"))]
     if unsent:
         lines.append("Offline runs to send (without the two words before it, `wandb sync` sends this machine's name):")
-        paths = " \\\n    ".join(shlex.quote(str(f)) for f in unsent)
-        lines.append(f"  WANDB_HOST=- WANDB_PROGRAM=redoubt wandb sync {paths}")
+        lines.append(f"  {sync(unsent)}")
     without = [run for run in runs if not list((run.run.folder / "wandb").glob("*run-*"))]
     if without:
         lines.append(f"{len(without)} of {len(runs)} runs are not in W&B; their curves and results get there by")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from redoubt.errors import UserError
 from redoubt.secrets import redacted
 
 log = logging.getLogger("redoubt")
+
+#: Folders of the offline runs that `tell` has not named yet.
+_offline: list[Path] = []
 
 #: Seconds that the network is waited for, at a run's beginning and at its end.
 WAIT = 10.0
@@ -73,8 +77,24 @@ def open_run(
         warn(error, "going on offline")
         wandb.teardown()  # the attempt holds the id
         run = wandb.init(mode="offline", **arguments)
+    here = Path(run.dir).parent
+    if here.name.startswith("offline-run-"):
+        _offline.append(here)
     run.tags = tuple(dict.fromkeys((*(run.tags or ()), *tags(config, attacks))))  # also those that people have added
     return run
+
+
+def tell() -> None:
+    """Says where the offline runs lie that were begun since it was asked last, and what sends them."""
+    if _offline:
+        folders = ", ".join(dict.fromkeys(str(folder.parent) for folder in _offline))
+        print(f"W&B, offline: {folders}; to send it: {sync(_offline)}", flush=True)
+        _offline.clear()
+
+
+def sync(folders: Sequence[Path]) -> str:
+    """The command that sends offline runs; without its first words `wandb sync` would send this machine's name."""
+    return f"WANDB_HOST=- WANDB_PROGRAM=redoubt wandb sync {' '.join(shlex.quote(str(f)) for f in folders)}"
 
 
 def accuracies(config: Mapping[str, Any]) -> list[str]:
