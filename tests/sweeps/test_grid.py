@@ -60,7 +60,7 @@ def test_each_cell_once_and_then_only_what_is_missing(shell: Shell, monkeypatch:
     first = shell(*grid, "attack=none,fgsm")
     assert (first.code, jobs, len(trained)) == (0, ["at", "trades"], 2), first.err
     assert "g: 2 cells, 2 done" in first.out
-    assert "fgsm: natural" in first.out
+    assert "fgsm, linf eps 51/255 (0.2), student weights of last: natural" in first.out
     assert [len(run.evaluations()) for run in Store("outputs").list()] == [2, 2]
 
     assert shell(*grid, "attack=none,fgsm").code == 0

@@ -13,7 +13,6 @@ import numpy as np
 
 from redoubt.errors import UserError
 from redoubt.evaluation.results import counted, is_own, named, names, standing
-from redoubt.reporting.table import suite_title, threat, weights
 from redoubt.runs.files import read_arrays, read_json, read_rows
 from redoubt.runs.store import Run, Store, Weights
 
@@ -51,11 +50,6 @@ class Evaluation:
     def settings(self) -> dict[str, Any]:
         """The contents of ``attack.json``: the suite as it was composed, and how it was evaluated."""
         return read_json(self.folder / "attack.json") or {}
-
-    @property
-    def place(self) -> str:
-        """What a number of it is of, in words: suite, threat model, weights and checkpoint."""
-        return f"{suite_title(self.results)}{threat(self.threat)}, {weights(self.results)}"
 
     @property
     def threat(self) -> Mapping[str, Any]:

@@ -76,7 +76,7 @@ def _lines(group: Group, groups: Sequence[Group]) -> Iterator[Line]:
         weights = f"{first.results['weights']}, {first.results['checkpoint']}"
         numbers = [_accuracies(evaluation) for _, evaluation in entries]
         values = {metric: [n[metric] for n in numbers if metric in n] for metric in numbers[0]}
-        yield Line(first.attack, (*place, str(protocol_of(record, first)), weights, str(len(entries))), values)
+        yield Line(first.attack, (*place, protocol_of(record, first).measured, weights, str(len(entries))), values)
 
 
 def _own(group: Group, groups: Sequence[Group]) -> str:

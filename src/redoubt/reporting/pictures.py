@@ -8,6 +8,7 @@ import numpy as np
 
 from redoubt.errors import UserError
 from redoubt.reporting.collect import Evaluation, Record, standing_of
+from redoubt.reporting.table import place
 
 #: Images and attacks that are shown of a run.
 IMAGES, ATTACKS = 4, 2
@@ -60,7 +61,7 @@ def _examples(evaluation: Evaluation) -> Pictures | None:
         return [classes[i] if 0 <= i < len(classes) else str(i) for i in indices[:IMAGES].tolist()]
 
     return Pictures(
-        place=evaluation.place,
+        place=place(evaluation.results),
         labels=named(found["label"]),
         clean=found["clean"][:IMAGES],
         predicted={name: named(found[f"{name}/predicted"]) for name in ("clean", *attacks)},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from redoubt.reporting.collect import Evaluation, Record
+from redoubt.reporting.table import suite_title, weights
 from redoubt.runs.identity import canonical, differences
 
 
@@ -18,6 +19,7 @@ class Protocol:
         suite: The attack's name.
         norm, eps: Of the threat model; eps None where there is none.
         images: Of the test split.
+        judged: Weights and checkpoint, in words.
         epochs: Of training.
         source: Where the images came from, as ``data.source``.
         differs: Keys in which run or evaluation differ from the published recipe; none: faithful.
@@ -27,11 +29,17 @@ class Protocol:
     norm: str
     eps: float | None
     images: int
+    judged: str
     epochs: int
     source: str
     differs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        return f"{self.measured}, {self.judged}"
+
+    @property
+    def measured(self) -> str:
+        """The same without the weights."""
         eps = "" if self.eps is None else f", {self.norm} {_fraction(self.eps) if self.norm == 'linf' else self.eps}"
         origin = "" if self.source == "official" else f", data.source={self.source}"
         return f"{self.suite}{eps}, {self.images} images, {self.epochs} epochs{origin}"
@@ -46,7 +54,8 @@ def protocol_of(record: Record, evaluation: Evaluation, differs: tuple[str, ...]
     threat, results, cfg = evaluation.results["threat"], evaluation.results, record.config
     source = str(cfg["data"].get("source", "official"))
     epochs = int(cfg["trainer"]["max_epochs"])
-    return Protocol(evaluation.attack, threat["norm"], threat["eps"], int(results["n"]), epochs, source, differs)
+    of = suite_title(results), threat["norm"], threat["eps"], int(results["n"]), weights(results)
+    return Protocol(*of, epochs, source, differs)
 
 
 def nearest(record: Record, metric: str, wanted: Mapping[str, Any]) -> tuple[Evaluation, list[str]] | None:

@@ -9,11 +9,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from redoubt.evaluation.results import named, robust, standing
 from redoubt.reporting.collect import Record
 from redoubt.reporting.match import groups
 from redoubt.reporting.ours import store_sheets
 from redoubt.reporting.sheet import wide_console
-from redoubt.reporting.table import title
+from redoubt.reporting.table import place, title
 from redoubt.runs.store import Run
 from redoubt.sweeps import STATES, Sweep, find, states, sweeps
 
@@ -70,16 +71,21 @@ def table(sweep: Sweep, cells: Sequence[tuple[list[str], dict[str, Any]]]) -> Ta
 
 def _outcome(sweep: Sweep, record: Mapping[str, Any]) -> str:
     if record["state"] == "done":
-        return "\n".join(_accuracies(results) for results in record["results"] if "metrics" in results)
+        run = Run(sweep.outputs / "runs" / str(record["run"]))
+        found = {folder.name: (folder, results) for folder, results in run.evaluations()}  # as they are read now
+        of_cell = [found[name] for r in record["results"] if (name := r.get("evaluation")) in found]
+        if not of_cell:
+            return ""
+        of_cell.insert(0, of_cell.pop(standing(of_cell, run.config()) or 0))
+        return "\n".join(_accuracies(results) for _, results in of_cell)
     if record["state"] == "running":
         return f"process {record['pid']} on {record['host']}, since {record['started']}"
     return str(record.get("reason") or "")
 
 
 def _accuracies(results: Mapping[str, Any]) -> str:
-    """The suite with its natural and its lowest accuracy."""
-    metrics = {name: m["accuracy"] for name, m in results["metrics"].items()}
-    natural = metrics.pop("natural")
-    worst = min(metrics, key=lambda name: (metrics[name], name != "ensemble"), default=None)
-    lowest = f", {title(worst)} {100 * metrics[worst]:.2f}" if worst else ""
-    return f"{results['axes']['attack']}: natural {100 * natural:.2f}{lowest}"
+    """What was evaluated, with natural accuracy and the one that stands for robustness."""
+    metrics = {name: m["accuracy"] for name, m in named(results)["metrics"].items()}
+    attack = robust(metrics)
+    attacked = f", {title(attack)} {100 * metrics[attack]:.2f}" if attack else ""
+    return f"{place(results)}: natural {100 * metrics['natural']:.2f}{attacked}"

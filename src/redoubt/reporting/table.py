@@ -49,12 +49,19 @@ def threat(model: Mapping[str, Any]) -> str:
 
 def suite_title(results: Mapping[str, Any]) -> str:
     """The suite's name, with the members that ran where it has AutoAttack and these are not all."""
-    return str(results["axes"]["attack"]) + "".join(new.removeprefix(old) for old, new in names(results).items())
+    axes = results.get("axes") or {"attack": str(results.get("evaluation")).rpartition("-")[0]}
+    return str(axes["attack"]) + "".join(new.removeprefix(old) for old, new in names(results).items())
 
 
 def weights(results: Mapping[str, Any]) -> str:
     """``student weights of last``: what was evaluated, or audited."""
     return f"{results['weights']} weights of {results['checkpoint']}"
+
+
+def place(results: Mapping[str, Any]) -> str:
+    """What an evaluation's numbers are of: ``fsr_suite, linf eps 8/255 (0.03137), student weights of last``."""
+    judged = f", {weights(results)}" if "weights" in results else ""
+    return f"{suite_title(results)}{threat(results.get('threat') or {'norm': None, 'eps': None})}{judged}"
 
 
 def audit_place(report: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ COLUMNS = ("dataset", "model", "method", "metric", "published", "ours", "differe
 NUMERIC = frozenset({"published", "ours", "difference", "seeds"})
 FACTS = (
     *("table", "dataset", "model", "method", "metric", "published", "published_sd", "ours", "ours_sd", "difference"),
-    *("seeds", "suite", "norm", "eps", "images", "epochs", "state", "remark", "runs", "source", "note"),
+    *("seeds", "suite", "norm", "eps", "images", "weights", "epochs", "state", "remark", "runs", "source", "note"),
 )
 
 
@@ -113,11 +113,11 @@ class Line:
         value, ours, row = self.value, self.ours, self.row
         place = [self.table.id, row.dataset, row.model, row.method, value.metric, value.number, value.sd]
         if ours is None:
-            mine: list[object] = [None] * 9 + [self.state, self.why, None]
+            mine: list[object] = [None] * 10 + [self.state, self.why, None]
         else:
             p = ours.protocol
             numbers = [None if x is None else round(x, 4) for x in (ours.mean, ours.sd, self.difference)]
-            mine = [*numbers, len(ours.values), p.suite, p.norm, p.eps, p.images, p.epochs]
+            mine = [*numbers, len(ours.values), p.suite, p.norm, p.eps, p.images, p.judged, p.epochs]
             mine += [self.state, " ".join(p.differs), " ".join(ours.runs)]
         note = self.table.note.format(sd=value.sd) if self.table.note else value.note
         return ["" if fact is None else str(fact) for fact in (*place, *mine, self.table.source, note)]

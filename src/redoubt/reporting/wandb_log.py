@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from redoubt.reporting.collect import Evaluation, Record
+from redoubt.evaluation.results import named, robust
+from redoubt.reporting.collect import Evaluation, Record, standing_of
+from redoubt.reporting.table import place
 from redoubt.reporting.wandb_run import accuracies, define_curves, open_run, warn
 from redoubt.runs.files import read_json, write_json
 from redoubt.runs.store import Run
@@ -37,7 +39,7 @@ def log_evaluation(cfg: DictConfig, run: Run, results: Mapping[str, Any]) -> Non
     """
     if cfg.logger.get("_target_") != TARGET:
         return
-    evaluation = Evaluation(run.eval / results["evaluation"], results)
+    evaluation = Evaluation(run.eval / results["evaluation"], named(results))
     try:
         with _staging(run.folder / "wandb" / "staging"):
             _send(cfg.logger, run, evaluation)
@@ -56,26 +58,54 @@ def _send(logger: Any, run: Run, evaluation: Evaluation) -> None:
     if digest in mine:
         return
     record = Record(run)
-    suites = {e.attack: e for e in (*reversed(record.evaluations), evaluation)}  # the newest of each, and this one
+    shown = keyed(record, evaluation, sent)
     new = not any(run.folder.glob("wandb/*run-*"))  # trained without W&B
     # W&B's steps only grow: epochs first, then one for each evaluation, whichever process or folder it comes from.
     step = len(record.metrics) + 1 + sum(map(len, sent.values()))
     keys = {key: logger[key] for key in ("project", "entity", "offline") if key in logger}
-    with open_run(run.folder, record.config, attacks=suites, **keys) as opened:
+    with open_run(run.folder, record.config, attacks=[e.attack for e in shown.values()], **keys) as opened:
         if new:
             define_curves(opened, record.config)
             for row in record.metrics:
                 opened.log(row, step=int(row["epoch"]))
         # `wandb sync` appends a folder's history, but puts its summary in the place of the one before: so all of it.
-        everything = [media(e) for e in suites.values()]
+        everything = [media(e, key) for key, e in shown.items()]
         opened.log({key: value for found in everything for key, value in found.items()}, step=step)
         opened.summary.update(curves(record))
-        for suite in suites.values():
-            opened.summary.update(summary(suite))
+        for key, each in shown.items():
+            opened.summary.update(summary(each, key))
+        opened.summary.update(standing_summary(record))
         if logger.get("checkpoint"):
             opened.log_artifact(_artifact(run, str(evaluation.results["checkpoint"])))
     mine.append(digest)
     write_json(noted_file, sent)
+
+
+def keyed(record: Record, evaluation: Evaluation, sent: Collection[str]) -> dict[str, Evaluation]:
+    """The evaluations that W&B has, by the name under which it has their numbers.
+
+    The suite is the name of that one of its evaluations which stands for the run; one at another eps, of other weights
+    or images is called by its folder, as ``fgsm-19ec9c54c2``, if it is the one that is sent or was sent before.
+    """
+    known = {e.folder.name: e for e in (evaluation, *record.evaluations)}
+    first = {
+        a: standing_of(record, [e for e in known.values() if e.attack == a])
+        for a in dict.fromkeys(e.attack for e in known.values())
+    }
+    found = {attack: e for attack, e in first.items() if e is not None}
+    rest = {name: e for name, e in known.items() if e is not found[e.attack]}
+    return found | {name: e for name, e in rest.items() if e is evaluation or name in sent}
+
+
+def standing_summary(record: Record) -> dict[str, Any]:
+    """``robust`` and ``natural``: the numbers that stand for the run, and what they are of."""
+    stands = record.standing
+    if stands is None:
+        return {}
+    metrics = stands.results["metrics"]
+    attack = robust(metrics)
+    found = {"natural": stands.accuracy("natural"), "robust/of": place(stands.results)}
+    return found | ({"robust": stands.accuracy(attack), "robust/attack": attack} if attack else {})
 
 
 @contextmanager
@@ -105,24 +135,25 @@ def curves(record: Record) -> dict[str, Any]:
     return found
 
 
-def summary(evaluation: Evaluation) -> dict[str, Any]:
-    """``eval/<suite>/<attack>``, its ``/low`` and ``/high`` in [0, 1], and what was evaluated."""
-    results, suite = evaluation.results, f"eval/{evaluation.attack}"
+def summary(evaluation: Evaluation, key: str) -> dict[str, Any]:
+    """``eval/<key>/<attack>``, its ``/low`` and ``/high`` in [0, 1], and what was evaluated."""
+    results, suite = evaluation.results, f"eval/{key}"
     found: dict[str, Any] = {}
     for metric, score in results["metrics"].items():
         found[f"{suite}/{metric}"] = score["accuracy"]
         found |= {f"{suite}/{metric}/{bound}": score[bound] for bound in ("low", "high")}
     found |= {f"{suite}/nrr/{metric}": value for metric, value in results["nrr"].items()}
-    for key in ("evaluation", "checkpoint", "weights", "n", "eval_seconds", "audited"):
-        found[f"{suite}/{key}"] = results[key]
+    for fact in ("evaluation", "checkpoint", "weights", "n", "eval_seconds", "audited"):
+        found[f"{suite}/{fact}"] = results[fact]
+    found |= {f"{suite}/{part}": value for part, value in evaluation.threat.items()}
     return redacted(found)
 
 
-def media(evaluation: Evaluation) -> dict[str, Any]:
-    """W&B's tables and images of an evaluation, by key."""
+def media(evaluation: Evaluation, key: str) -> dict[str, Any]:
+    """W&B's tables and images of an evaluation, by their own key."""
     import wandb
 
-    suite = f"eval/{evaluation.attack}"
+    suite = f"eval/{key}"
     examples = evaluation.examples()
     found: dict[str, Any] = {
         f"{suite}/attacks": wandb.Table(**by_attack(evaluation)),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from redoubt.errors import UserError
+from redoubt.evaluation.results import named, robust
+from redoubt.reporting.table import place
 from redoubt.runs import files
 from redoubt.runs.store import REMOVED, Run, Store, Weights
 
@@ -68,11 +70,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    status = run.status
-    found = run.evaluations()
-    metrics = _accuracies(found[0][1]) if found else {}
-    robust = next((n for n in ("ensemble", "autoattack", "pgd20", *reversed(metrics)) if n in metrics), None)
-    robust = None if robust == "natural" else robust
+    status, found = run.status, run.standing()
+    results = named(found[1]) if found else {}
+    metrics = _accuracies(results)
+    attack = robust(metrics)
+    threat = results.get("threat") or {}
     return {
         "name": run.name,
         "state": status["state"],
@@ -80,8 +82,13 @@ def _summary(run: Run) -> dict[str, Any]:
         "max_epochs": status.get("max_epochs"),
         "bytes": run.size(),
         "natural": metrics.get("natural"),
-        "robust": metrics[robust] if robust else None,
-        "robust_attack": robust,
+        "robust": metrics[attack] if attack else None,
+        "robust_attack": attack,
+        "evaluation": found[0].name if found else None,
+        "norm": threat.get("norm"),
+        "eps": threat.get("eps"),
+        **{key: results.get(key) for key in ("checkpoint", "weights", "n")},
+        "of": place({"evaluation": found[0].name, **results}) if found else None,
         "reason": status.get("reason"),
     }
 
@@ -112,11 +119,12 @@ def _ls(store: Store, arguments: argparse.Namespace) -> None:
             _human(row["bytes"]),
             _percent(row["natural"]),
             f"{_percent(row['robust'])} {row['robust_attack'] or ''}".strip(),
+            row["of"] or "",
             row["reason"] or "",
         )
         for row in rows
     ]
-    _table(("name", "state", "epoch", "size", "natural", "robust", "reason"), cells)
+    _table(("name", "state", "epoch", "size", "natural", "robust", "of", "reason"), cells)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -142,10 +150,12 @@ def _show(store: Store, arguments: argparse.Namespace) -> None:
     _section("axes", {**(axes if isinstance(axes, dict) else {}), "seed": config.get("seed")})
     _section("status", run.status)
     _section("environment", files.read_json(run.environment_file) or {})
+    own = run.standing()
     for folder, results in run.evaluations():
-        accuracies = {name: _percent(value) for name, value in _accuracies(results).items()}
-        eps = (results.get("threat") or {}).get("eps")
-        _section(f"eval/{folder.name}", {"eps": eps, "n": results.get("n"), **accuracies})
+        accuracies = {name: _percent(value) for name, value in _accuracies(named(results)).items()}
+        facts = {"of": place({"evaluation": folder.name, **results}), "n": results.get("n")}
+        stands = "yes" if own is not None and own[0] == folder else None
+        _section(f"eval/{folder.name}", {**facts, "stands for the run": stands, **accuracies})
     if isinstance(run, Weights):
         return
     paths = sorted(path for path in run.folder.rglob("*") if path.is_file() and not path.name.startswith("."))

@@ -12,7 +12,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,21 @@ class Run:
     def standing(self) -> tuple[Path, dict[str, Any]] | None:
         """The evaluation that stands for the run, by the rule of `redoubt.evaluation.results.standing`."""
         found = self.evaluations()
-        place = judged.standing(found, self.config() if len(found) > 1 else {})
+        place = judged.standing(found, self._own_protocol() if len(found) > 1 else {})
         return None if place is None else found[place]
 
     def size(self) -> int:
         """Bytes on the disk."""
         return files.size(self.folder)
+
+    def _own_protocol(self) -> dict[str, Any]:
+        """``threat`` and ``evaluation`` of the config; reading it whole takes long where all runs are listed."""
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            text = self.config_file.read_text(encoding="utf-8")
+            found = yaml.safe_load("".join(re.findall(r"^(?:threat|evaluation):\n(?: .*\n)+", text, re.MULTILINE)))
+            if found and {"threat", "evaluation"} <= found.keys():
+                return dict(found)
+        return self._stored() or {}
 
     @property
     def status(self) -> dict[str, Any]:
