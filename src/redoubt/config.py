@@ -186,7 +186,7 @@ def _failing(cfg: DictConfig, prefix: str = "") -> str | None:
 
 
 #: Keys whose value is a text, even where it looks like a fraction; and all that is under them.
-_TEXTS = ("paths", "run", "checkpoint", "rescore", "to", "root", "pretrained", "name")
+_TEXTS = ("paths", "run", "extend", "checkpoint", "rescore", "to", "root", "pretrained", "name")
 
 
 def _evaluate_fractions(tree: Any, prefix: str) -> None:

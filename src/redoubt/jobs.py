@@ -23,7 +23,7 @@ from redoubt import config, deadline, launched
 from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
-from redoubt.errors import CheckFailed, UserError
+from redoubt.errors import CheckFailed, UserError, shown
 from redoubt.evaluation.audit import radius
 from redoubt.evaluation.audits import audited
 from redoubt.evaluation.record import Source, evaluate
@@ -35,6 +35,7 @@ from redoubt.nets import load_backbone, split_choice
 from redoubt.reporting import wandb_run
 from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
+from redoubt.runs.extending import extended
 from redoubt.runs.files import read_json
 from redoubt.runs.identity import canonical, deciding, digest, leaves, plain
 from redoubt.runs.loading import classes_of, load, weights_hash
@@ -122,6 +123,10 @@ def train(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
     Returns:
         results.json of each evaluation.
     """
+    if cfg.extend is not None:
+        if cfg.trainer.fast_dev_run:
+            raise UserError("extend is of a run that is stored: leave trainer.fast_dev_run out, or take plan=true")
+        cfg = extended(cfg, overrides)
     if cfg.plan:
         from redoubt.reporting.plan import show_plan
 
@@ -153,7 +158,9 @@ def _evaluations(cfg: DictConfig, overrides: list[str]) -> list[DictConfig]:
     """The cell as each evaluation of a sweep would have it; ``cfg`` has the first one's words already."""
     words = [list(evaluation) for evaluation in cfg.sweep.evaluations or [[]]]
     own = [o for o in overrides if not judges(o) and not o.startswith("sweep.evaluations=")]
-    return [cfg, *(config.ready([*own, *evaluation]) for evaluation in words[1:])]
+    others = [[*own, *evaluation] for evaluation in words[1:]]
+    cells = [(config.ready(cell), cell) for cell in others]
+    return [cfg, *(cell if cell.extend is None else extended(cell, said) for cell, said in cells)]
 
 
 def _check_evaluation(cfg: DictConfig, data: ImageData) -> None:
@@ -202,9 +209,10 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         raise UserError("eval wants either run=<folder or name> or checkpoint=<file> with model=... data=...")
     if cfg.rescore is not None and cfg.run is None:
         raise UserError("rescore is of a run's evaluation: give run=<folder or name> rescore=<evaluation>")
-    for key in ("trainer.fast_dev_run", "plan"):
-        if OmegaConf.select(cfg, key):
-            raise UserError(f"{key}=true is for train: leave it out; for a quick look take data.limit_test=100")
+    for key in ("trainer.fast_dev_run", "plan", "extend"):
+        if value := OmegaConf.select(cfg, key):
+            hint = "leave it out; for a quick look take data.limit_test=100"
+            raise UserError(f"{key}={shown(value)} is for train: {hint}")
     if cfg.run is not None:
         run = Store(cfg.paths.outputs).find(str(cfg.run))
         if cfg.rescore is not None:

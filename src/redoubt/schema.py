@@ -83,8 +83,9 @@ TRAIN: dict[str, Any] = {
         "trial": optional(whole(0)),
         "wait": optional(flag),
     },
+    "extend": optional(name),
     "plan": flag,
-    "runs": {"keep": one_of("weights", "all")},
+    "runs": {"keep": one_of("weights", "optimizer", "all")},
 }
 EVAL = {**TRAIN, "run": optional(name), "rescore": optional(name), "checkpoint": optional(name)}
 #: Efforts of the audit; what it holds against its limits may be any number.

@@ -17,7 +17,6 @@ from tests.numbers.cells import machine, rows
 from tests.test_ddp import launched
 
 import redoubt
-from redoubt import sweeps
 from redoubt.attacks import WhiteBox
 
 STORE = Path(__file__).resolve().parents[1] / "data/store"

@@ -133,9 +133,13 @@ def test_a_finished_run_is_not_trained_again(cell: Cell, fits: list[DictConfig])
 
 
 def test_what_is_kept(cell: Cell, tmp_path: Path) -> None:
-    """Weights only; everything with runs.keep=all; the same weights either way."""
+    """What `extend` goes on from; weights alone, or everything, where runs.keep says so; always the same."""
     options = (*SAME, "ema=wa", "data.val_fraction=0.3")
-    lean = train(cell(*options, f"paths.outputs={tmp_path / 'lean'}"))
+    usual = train(cell(*options, f"paths.outputs={tmp_path / 'usual'}"))
+    assert torch.load(usual.last, weights_only=True)["optimizer_states"][0]["state"]
+    assert not torch.load(usual.best, weights_only=True).get("optimizer_states")
+    assert not usual.previous.exists()
+    lean = train(cell(*options, "runs.keep=weights", f"paths.outputs={tmp_path / 'lean'}"))
     full = train(cell(*options, "runs.keep=all", f"paths.outputs={tmp_path / 'full'}"))
     assert lean.name == full.name
     for name in ("last", "best"):

@@ -15,6 +15,7 @@ from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.data.loader import count_batches
 from redoubt.defenses import RobustModule
+from redoubt.runs.extending import Origin
 from redoubt.runs.identity import identity
 from redoubt.runs.start import starting_point
 from redoubt.runs.store import readable_name
@@ -39,7 +40,8 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
     else:
         data.prepare_data()
         train, test, fingerprint = data.train_size, len(data.arrays("test")[1]), data.fingerprint("train")
-    start = starting_point(cfg, data, fingerprint)
+    origin = Origin.of(cfg)
+    start = starting_point(cfg, data, fingerprint) if origin is None else None
     module = build_module(cfg)
     kind, world, batch = accelerator(cfg), devices(cfg), int(cfg.data.batch_size)
     n = min(IMAGES[kind], data.train_size)
@@ -49,11 +51,12 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
     copies = 3 + (module.ema is not None)  # weights, gradients, momentum, average
     at_once = -(-batch // (world * int(cfg.trainer.accumulate)))
     memory = 4 * (weights * copies + frozen) + activations * at_once / n + train * 3 * data.image_size**2
-    epochs = int(cfg.trainer.max_epochs)
+    epochs = int(cfg.trainer.max_epochs) - (origin.epochs if origin else 0)
+    beside = (start.identity if start else None, origin.run.hash if origin else None)
     epoch = seconds / n * train / world
     steps = count_batches(train, batch, world) * epochs
     rows = {
-        "run": f"{readable_name(cfg.axes, cfg.seed)}-{identity(cfg, fingerprint, start.identity if start else None)}",
+        "run": f"{readable_name(cfg.axes, cfg.seed)}-{identity(cfg, fingerprint, *beside)}",
         "recipes": ", ".join(cfg.axes.recipes) or "default",
         "device": f"{device_name(cfg)}, {cfg.trainer.precision}",
         "parameters": f"{weights:,}",
@@ -62,6 +65,8 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
         "memory, estimated": f"{memory / 2**30:.2f} GiB ({at_once} images at a time)",
         "evaluation": f"{cfg.axes.attack}, {test:,} images",
     }
+    if origin is not None:
+        rows["goes on from"] = f"{origin.run.name}, {origin.epochs} epochs"
     if start is not None:
         there = start.run is None or start.run.finished
         first = ", which will be trained first (plan it too: defense=none base=standard)"

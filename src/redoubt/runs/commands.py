@@ -148,7 +148,7 @@ def _show(store: Store, arguments: argparse.Namespace) -> None:
     axes = config.get("axes")
     print(config["checkpoint"] if isinstance(run, Weights) else run.folder)
     _section("axes", {**(axes if isinstance(axes, dict) else {}), "seed": config.get("seed")})
-    _section("status", run.status)
+    _section("status", {"extends": config.get("extend"), **run.status})
     _section("environment", files.read_json(run.environment_file) or {})
     own = run.standing()
     for folder, results in run.evaluations():

@@ -48,7 +48,7 @@ EXCLUDED = frozenset(
 )
 
 #: Where a config names the run that it starts from; that run's identity takes their place once it is known.
-PRETRAINED = frozenset({"pretrained", "defense.pretrained"})
+PRETRAINED = frozenset({"extend", "pretrained", "defense.pretrained"})
 
 #: What a run's identity leaves out of its config.
 WITHOUT = EXCLUDED | PRETRAINED
@@ -128,25 +128,31 @@ def digest(decisive: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(canonical(decisive), sort_keys=True).encode()).hexdigest()[:10]
 
 
-def decides(cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | None = None) -> dict[str, Any]:
+def decides(
+    cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | None = None, extends: str | None = None
+) -> dict[str, Any]:
     """All that decides a run's weights, as a plain mapping.
 
     Args:
         cfg: The composed config, resolved or resolvable.
         train_fingerprint: Stands for the training tensors, in place of ``data.root`` and ``data.source``.
         pretrained: Identity of what this run starts from, in place of the config's ``pretrained``; None from scratch.
+        extends: Identity of the run that this one goes on from, in place of ``extend``.
     """
     return {
         "config": deciding(cfg, excluded=WITHOUT),
         "data": train_fingerprint,
         "pretrained": pretrained,
         "numerics": redoubt.NUMERICS,
+        **({"extends": extends} if extends else {}),
     }
 
 
-def identity(cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | None = None) -> str:
+def identity(
+    cfg: Mapping[str, Any], train_fingerprint: str, pretrained: str | None = None, extends: str | None = None
+) -> str:
     """Ten hex digits that name what `decides` a run's weights; its arguments."""
-    text = json.dumps(decides(cfg, train_fingerprint, pretrained), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(decides(cfg, train_fingerprint, pretrained, extends), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

@@ -57,7 +57,7 @@ def load(
         run = source if isinstance(source, Run) else Store(outputs).find(source)
         file = checkpoint_file(run, checkpoint)
     content = read_checkpoint(file)
-    _same_config(run, content, file)
+    same_config(run, content, file)
     cfg = OmegaConf.create(run.config())
     if "pretrained" in cfg.model:
         cfg.model.pretrained = False  # its weights follow: nothing is downloaded
@@ -165,7 +165,7 @@ def checkpoint_file(run: Run, which: str) -> Path:
     return file
 
 
-def _same_config(run: Run, content: Mapping[str, Any], file: Path) -> None:
+def same_config(run: Run, content: Mapping[str, Any], file: Path) -> None:
     """Refuses weights that were trained by another config than the one beside them: it would build another net."""
     trained = content.get("run", {}).get("decides", {}).get("config")
     changed = differences(trained, deciding(run.config(), excluded=WITHOUT)) if trained else []

@@ -22,6 +22,7 @@ from redoubt.evaluation.record import Source, evaluate
 from redoubt.nets import load_backbone, split_choice
 from redoubt.reporting.wandb_log import log_evaluation
 from redoubt.runs.checkpoints import checksum_file, newest, strip
+from redoubt.runs.extending import Origin, nearest
 from redoubt.runs.files import read_rows, write_json
 from redoubt.runs.identity import decides, differences, identity, plain
 from redoubt.runs.loading import classes_of, is_exported, load, weights_hash
@@ -40,11 +41,16 @@ from redoubt.training.trainer import accelerator, device_name, make_trainer
 log = logging.getLogger("redoubt")
 
 
-def identify(cfg: DictConfig, data: ImageData, start: Start | None = None) -> str:
-    """The identity of a resolved config that begins from ``start``; every process must find the same."""
-    digest = identity(cfg, data.fingerprint("train"), start.identity if start else None)
+def identify(cfg: DictConfig, data: ImageData, start: Start | None = None, origin: Origin | None = None) -> str:
+    """The identity of a resolved config that begins from ``start``, or goes on from ``origin``; the same for all."""
+    digest = identity(cfg, *_grounds(data, start, origin))
     same({"training set": data.fingerprint("train"), "start": start.identity if start else "", "run": digest})
     return digest
+
+
+def _grounds(data: ImageData, start: Start | None, origin: Origin | None) -> tuple[str, str | None, str | None]:
+    """What decides a run's weights beside its config."""
+    return data.fingerprint("train"), start.identity if start else None, origin.run.hash if origin else None
 
 
 def train(cfg: DictConfig, data: ImageData, wait: bool | None = None) -> Run:
@@ -60,16 +66,23 @@ def train(cfg: DictConfig, data: ImageData, wait: bool | None = None) -> Run:
         Taken: Another process trains it, and this one is not to wait.
     """
     wait = cfg.sweep.wait is not False if wait is None else wait
-    start = starting_point(cfg, data)
-    digest = identify(cfg, data, start)
+    origin = Origin.of(cfg)
+    start = starting_point(cfg, data) if origin is None else None  # its weights are the origin's
+    digest = identify(cfg, data, start, origin)
     store = Store(cfg.paths.outputs)
     rank, _ = ranks()
     run = Run(store.folder / f"{readable_name(cfg.axes, cfg.seed)}-{digest}")
     finished = broadcast(run.finished)
     module = None if finished else build_module(cfg)  # what its constructors refuse leaves no run behind
-    if module is not None and start is not None and not broadcast(run.begun):
+    fresh = module is not None and not broadcast(run.begun)
+    if module is not None and start is not None and fresh:
         begin(module, start, cfg, data)
+    content = origin.content(module, data, ranks()[1]) if origin is not None and module is not None and fresh else None
     if rank == 0:
+        if origin is not None and fresh:
+            note(str(origin))
+        elif not run.exists() and cfg.sweep.name is None and (line := nearest(store, run, cfg)):
+            note(line)
         store.open(cfg.axes, cfg.seed, digest, plain(cfg), devices=[device_name(cfg)])
     meet()
     with _turn(run, wait) if rank == 0 else nullcontext():
@@ -81,11 +94,14 @@ def train(cfg: DictConfig, data: ImageData, wait: bool | None = None) -> Run:
             if (names := data.classes("train")) is not None:
                 write_json(run.classes_file, {"classes": names})
         with failures_noted(run if rank == 0 else None):
-            _fit(cfg, data, run, module, start)
+            if content is not None and origin is not None and rank == 0 and not run.begun:
+                origin.write(run, content, facts_of(cfg, data, start, origin))
+            meet()
+            _fit(cfg, data, run, module, start, origin)
         if rank == 0:
             run.update(state="done")
             if cfg.runs.keep != "all":
-                for file in filter(Path.is_file, (run.last, run.best)):
+                for file in filter(Path.is_file, (run.best, *([run.last] if cfg.runs.keep == "weights" else []))):
                     strip(file)
                 for file in (run.previous, checksum_file(run.previous)):
                     file.unlink(missing_ok=True)
@@ -121,6 +137,7 @@ def _fit(
     run: Run | None,
     module: RobustModule | None = None,
     start: Start | None = None,
+    origin: Origin | None = None,
 ) -> RobustModule:
     """Trains a module (of the config, where None is given), into a run's folder or (None) nowhere."""
     module = module or build_module(cfg)
@@ -129,10 +146,7 @@ def _fit(
     if data.val_fraction > 0:
         clean, robust = "val/clean", f"val/pgd{cfg.validation.steps}"
         best = (clean,) if cfg.axes.base == "standard" else (robust, clean)
-    facts = {
-        "decides": decides(redacted(plain(cfg)), data.fingerprint("train"), start.identity if start else None),
-        "machine": f"{device_name(cfg)}, torch {torch.__version__}",
-    }
+    facts = facts_of(cfg, data, start, origin)
     recorder = Recorder(run, every=cfg.trainer.checkpoint_every, best=best, facts=facts)
     with (
         tempfile.TemporaryDirectory() if run is None else nullcontext(run.folder) as folder,
@@ -157,6 +171,14 @@ def _fit(
         if epochs not in (None, [*range(1, int(cfg.trainer.max_epochs) + 1)]):
             raise RuntimeError(f"{run.metrics_file} has rows of the epochs {epochs}: not one for each that was trained")
     return module
+
+
+def facts_of(cfg: DictConfig, data: ImageData, start: Start | None, origin: Origin | None) -> dict[str, Any]:
+    """What each checkpoint says of its run."""
+    return {
+        "decides": decides(redacted(plain(cfg)), *_grounds(data, start, origin)),
+        "machine": f"{device_name(cfg)}, torch {torch.__version__}",
+    }
 
 
 def _resumed(run: Run, facts: dict[str, Any]) -> str | None:
