@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from tests.reporting.stores import CONFIG, add_evaluation, add_run, config, nested
 
+from redoubt.errors import UserError
 from redoubt.evaluation.results import ordered, robust
 from redoubt.reporting import groups
-from redoubt.reporting.collect import Record, records
+from redoubt.reporting.collect import Record, newest, records
+from redoubt.reporting.status import _outcome
+from redoubt.sweeps import Sweep
 
 
 def store(outputs: Path, *trees: dict) -> list[Record]:
@@ -137,3 +140,39 @@ def test_labels_name_what_differs(outputs: Path) -> None:
     axes = {**CONFIG["axes"], "defense": "none"}
     found = store(outputs, config(), config(defense__tau=0.5), config(axes=axes))
     assert list(groups.labels(found).values()) == ["fsr 0000000000", "fsr 0000000001", "none"]
+
+
+def test_the_newest_of_one_name(outputs: Path) -> None:
+    """What a notebook takes where a cell was trained twice: the last that is evaluated, never an unfinished one."""
+    ends = {"aaaaaaaaaa": ("done", "2026-01-02"), "bbbbbbbbbb": ("done", "2026-01-01"), "cccccccccc": ("failed", "2026-01-09"),
+            "dddddddddd": ("done", "2026-01-08")}  # fmt: skip
+    for digest, (state, ended) in ends.items():
+        folder = add_run(outputs, config(), digest, state=state, ended=ended)
+        if digest[0] in "ab":
+            add_evaluation(folder, nested(np.random.default_rng(0), 10))
+    readable = folder.name[:-11]
+    add_run(outputs, config(seed=10), "eeeeeeeeee", ended="2026-02-01")
+    assert newest(outputs, readable).name.endswith("aaaaaaaaaa")
+    assert newest(outputs, f"{readable}-bbbbbbbbbb").name.endswith("bbbbbbbbbb")
+    with pytest.raises(UserError, match="no finished run of this name"):
+        newest(outputs, f"{readable}-cccccccccc")
+
+
+def test_each_evaluation_of_a_cell_names_what_differs() -> None:
+    def outcome(*evaluations: str) -> list[str]:
+        results = [{"metrics": {"natural": {"accuracy": 0.9}, "pgd20": {"accuracy": 0.5}},
+                    "axes": {"attack": e.partition("attack=")[2].split(" ")[0] or "pgd"}} for e in evaluations]  # fmt: skip
+        record = {"state": "done", "evaluations": list(evaluations), "results": results}
+        return _outcome(Sweep(Path("s")), record).splitlines()
+
+    numbers = "natural 90.00, PGD-20 50.00"
+    assert outcome("attack=pgd attack.eps=2/255", "attack=pgd attack.eps=4/255") == [
+        f"attack.eps=2/255 pgd: {numbers}",
+        f"attack.eps=4/255 pgd: {numbers}",
+    ]
+    assert outcome("attack.eps=0.1 evaluation.seed=0", "attack.eps=0.1 evaluation.seed=1") == [
+        f"evaluation.seed=0 pgd: {numbers}",
+        f"evaluation.seed=1 pgd: {numbers}",
+    ]
+    assert outcome("attack=pgd20", "attack=fgsm") == [f"pgd20: {numbers}", f"fgsm: {numbers}"]
+    assert outcome("attack=pgd20 attack.eps=0.1") == [f"pgd20: {numbers}"]

@@ -152,6 +152,20 @@ def records(outputs: Path | str) -> list[Record]:
     return list(_readable(store.list()))
 
 
+def newest(outputs: Path | str, name: str) -> Record:
+    """Of the finished runs with a name, with or without the hash, the one that ended last, evaluated ones first.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = [r for r in records(outputs) if f"{r.name}-".startswith(f"{name}-") and r.status["state"] == "done"]
+    if not found:
+        raise UserError(
+            f"run {name}: no finished run of this name in {Path(outputs) / 'runs'}; `redoubt runs ls` lists all"
+        )
+    return max(found, key=lambda r: (bool(r.evaluations), str(r.status.get("ended")), r.name))
+
+
 def weight_files(outputs: Path | str) -> list[Record]:
     """Weights of files that were evaluated with a store."""
     return list(_readable(Store(outputs).weights()))

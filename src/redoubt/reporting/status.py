@@ -72,15 +72,27 @@ def table(sweep: Sweep, cells: Sequence[tuple[list[str], dict[str, Any]]]) -> Ta
 def _outcome(sweep: Sweep, record: Mapping[str, Any]) -> str:
     if record["state"] == "done":
         run = Run(sweep.outputs / "runs" / str(record["run"]))
-        found = {folder.name: (folder, results) for folder, results in run.evaluations()}  # as they are read now
-        of_cell = [found[name] for r in record["results"] if (name := r.get("evaluation")) in found]
-        if not of_cell:
+        stored = {folder.name: (folder, results) for folder, results in run.evaluations()}  # as they are read now
+        found = [(own, stored[name]) for own, r in _named(record) if (name := r.get("evaluation")) in stored]
+        if not found:
             return ""
-        of_cell.insert(0, of_cell.pop(standing(of_cell, run.config()) or 0))
-        return "\n".join(_accuracies(results) for _, results in of_cell)
+        found.insert(0, found.pop(standing([entry for _, entry in found], run.config()) or 0))
+        return "\n".join(f"{own} {_accuracies(results)}".strip() for own, (_, results) in found)
     if record["state"] == "running":
         return f"process {record['pid']} on {record['host']}, since {record['started']}"
     return str(record.get("reason") or "")
+
+
+def _named(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The evaluations of a cell, each with its words that others of it do not have; the suite's name is said anyway."""
+    results, said = record["results"], [name.split() for name in record.get("evaluations", [])]
+    if len(said) != len(results):
+        return [("", one) for one in results]
+    common = set.intersection(*map(set, said)) if len(said) > 1 else {word for words in said for word in words}
+    suites = len({one["axes"]["attack"] for one in results if "axes" in one}) > 1
+    dropped = [{*common, *(word for word in words if suites and word.startswith("attack="))} for words in said]
+    owns = [" ".join(w for w in words if w not in drop) for words, drop in zip(said, dropped, strict=True)]
+    return list(zip(owns, results, strict=True))
 
 
 def _accuracies(results: Mapping[str, Any]) -> str:
