@@ -144,24 +144,24 @@ def test_labels_name_what_differs(outputs: Path) -> None:
 
 def test_the_newest_of_one_name(outputs: Path) -> None:
     """What a notebook takes where a cell was trained twice: the last that is evaluated, never an unfinished one."""
-    ends = {"aaaaaaaaaa": ("done", "2026-01-02"), "bbbbbbbbbb": ("done", "2026-01-01"), "cccccccccc": ("failed", "2026-01-09"),
-            "dddddddddd": ("done", "2026-01-08")}  # fmt: skip
-    for digest, (state, ended) in ends.items():
-        folder = add_run(outputs, config(), digest, state=state, ended=ended)
-        if digest[0] in "ab":
+    ends = (("a", "done", 2), ("b", "done", 1), ("c", "failed", 9), ("d", "done", 8))
+    for letter, state, day in ends:
+        folder = add_run(outputs, config(), letter * 10, state=state, ended=f"2026-01-0{day}")
+        if letter in "ab":
             add_evaluation(folder, nested(np.random.default_rng(0), 10))
     readable = folder.name[:-11]
     add_run(outputs, config(seed=10), "eeeeeeeeee", ended="2026-02-01")
     assert newest(outputs, readable).name.endswith("aaaaaaaaaa")
     assert newest(outputs, f"{readable}-bbbbbbbbbb").name.endswith("bbbbbbbbbb")
-    with pytest.raises(UserError, match="no finished run of this name"):
+    with pytest.raises(UserError, match="none of this name is finished"):
         newest(outputs, f"{readable}-cccccccccc")
 
 
 def test_each_evaluation_of_a_cell_names_what_differs() -> None:
     def outcome(*evaluations: str) -> list[str]:
-        results = [{"metrics": {"natural": {"accuracy": 0.9}, "pgd20": {"accuracy": 0.5}},
-                    "axes": {"attack": e.partition("attack=")[2].split(" ")[0] or "pgd"}} for e in evaluations]  # fmt: skip
+        metrics = {"natural": {"accuracy": 0.9}, "pgd20": {"accuracy": 0.5}}
+        suites = [e.partition("attack=")[2].split(" ")[0] or "pgd" for e in evaluations]
+        results = [{"metrics": metrics, "axes": {"attack": suite}} for suite in suites]
         record = {"state": "done", "evaluations": list(evaluations), "results": results}
         return _outcome(Sweep(Path("s")), record).splitlines()
 

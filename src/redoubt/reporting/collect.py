@@ -160,9 +160,7 @@ def newest(outputs: Path | str, name: str) -> Record:
     """
     found = [r for r in records(outputs) if f"{r.name}-".startswith(f"{name}-") and r.status["state"] == "done"]
     if not found:
-        raise UserError(
-            f"run {name}: no finished run of this name in {Path(outputs) / 'runs'}; `redoubt runs ls` lists all"
-        )
+        raise UserError(f"run {name}: none of this name is finished in {Path(outputs) / 'runs'}; see `redoubt runs ls`")
     return max(found, key=lambda r: (bool(r.evaluations), str(r.status.get("ended")), r.name))
 
 
