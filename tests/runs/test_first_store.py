@@ -41,8 +41,14 @@ def run_named(folder: Path, begin: str) -> Path:
 
 
 def contents(folders: Iterable[Path]) -> dict[Path, bytes]:
+    """Every file's bytes; of a sweep's cell what became of it: with other configs it is looked at anew."""
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    return {file: file.read_bytes() for file in files if not file.name.endswith(".lock")}
+    found = {file: file.read_bytes() for file in files if not file.name.endswith(".lock")}
+    for file in found:
+        if file.parent.name == "cells":
+            record = json.loads(found[file])
+            found[file] = json.dumps([record[key] for key in ("state", "run", "results")]).encode()
+    return found
 
 
 def answers(outputs: Path) -> dict[Path, Any]:
