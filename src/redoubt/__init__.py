@@ -12,6 +12,10 @@ __version__ = "0.1.0"
 #: Part of every run's identity. Raise it when a change of code alters what a finished run would hold.
 NUMERICS = 2
 
+#: Part of the identity of what it altered: 1, limits of images were class-balanced and the validation split was taken
+#: from all images; 2, limits are in proportion to the classes and the validation split is of what is used.
+SUBSETS = 2
+
 
 def __getattr__(name: str) -> Any:
     if name == "load":

@@ -285,9 +285,10 @@ def _rescore(run: Run, cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     results = read_results(folder) or {}
     said = [o for o in overrides if not o.startswith("attack")]
     if not any(o.startswith("data.limit_test=") for o in said):
-        limit = (read_json(folder / "attack.json") or {}).get("limit_test")
-        cfg.data.limit_test = limit
-        said.append(f"data.limit_test={limit}")
+        settings = read_json(folder / "attack.json") or {}
+        cfg.data.limit_test = settings.get("limit_test")
+        cfg.data.balanced = settings.get("subset", "balanced") == "balanced" or None
+        said += ["data.limit_test=", "data.balanced="]  # of which the keys are read
     cfg = of_run(run.config(), cfg, said)
     device = running.compute_device(cfg)
     module = load(run, checkpoint=results["checkpoint"], weights=results["weights"]).to(device)

@@ -28,7 +28,9 @@ TRAIN: dict[str, Any] = {
     "base": Built(),
     "defense": Built(replace_head=optional(flag)),
     "model": Built(),
-    "data": Built(root=name, batch_size=whole(2), num_classes=whole(2), image_size=whole(1, 2048)),
+    "data": Built(
+        root=name, batch_size=whole(2), num_classes=whole(2), image_size=whole(1, 2048), balanced=optional(flag)
+    ),
     "optimizer": Built(lr=number(0.0), momentum=number(0.0), weight_decay=number(0.0), clip=optional(positive)),
     "schedule": Built(),
     "attack": Free(norm=one_of("linf", "l2"), ensemble=flag, bounded=flag, stochastic=flag, source=name),

@@ -188,7 +188,7 @@ def test_rescore_of_a_file_of_weights_is_refused(folder, shell):
 class Linear(nn.Module):
     format = torch.contiguous_format
     folded = staticmethod(contextlib.nullcontext)
-    num_classes, image_size = 10, 8
+    num_classes, image_size, classes = 10, 8, None
 
     def __init__(self, scale=1.0):
         super().__init__()

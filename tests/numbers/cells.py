@@ -24,7 +24,8 @@ STORED = Path(__file__).parent
 #: or eps, rounding, which the signs of small gradients magnify, would reach the third digit on another kind of machine.
 SMALL = (
     "model=resnet_small", "model.widths=[4,4,8,8]", "data=digits", "data.image_size=8", "data.limit_train=128",
-    "data.limit_test=100", "data.batch_size=128", "data.probe=50", "data.augment=crop_flip", "trainer=cpu",
+    "data.balanced=true", "data.limit_test=100", "data.batch_size=128", "data.probe=50", "data.augment=crop_flip",
+    "trainer=cpu",
     "trainer.max_epochs=4", "trainer.progress=false", "inner.steps=2", "validation.steps=1", "validation.step=1",
     "natural.trainer.max_epochs=1", "attack=pgd", "attack.steps=2", "model.normalize=true", "optimizer.lr=0.002",
     "threat.eps=0.03",

@@ -106,7 +106,7 @@ def test_what_to_do_without_a_login(outputs: Path, capsys: pytest.CaptureFixture
     assert f"wandb sync {unsent}\n" in out
     assert "1 of 3 runs are not in W&B" in out
     command = f"redoubt eval run=fsr-at-resnet18-cifar10-s2-0000000002 paths.outputs={outputs} attack=fsr_suite"
-    assert f"{command} data.limit_test=10 logger=wandb" in out
+    assert f"{command} data.limit_test=10 data.balanced=true logger=wandb" in out
 
 
 def test_saved_where_logged_in(

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 import redoubt
+from redoubt.evaluation.record import evaluation_name
 from redoubt.runs import identity as module
 from redoubt.runs.identity import (
     EXCLUDED,
     PRETRAINED,
     canonical,
+    decides,
     deciding,
     differences,
+    digest,
     environment,
     identity,
 )
@@ -191,3 +195,31 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module.subprocess, "run", no_git)
     assert environment()["git"] is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"limit_test": 5, "balanced": True}, {}),
+        ({"val_fraction": 0.0, "limit_train": None, "balanced": True}, {}),
+        ({"val_fraction": 0.1, "balanced": True}, {"subsets": 2}),
+        ({"limit_train": 30}, {"subsets": 2}),
+        ({"limit_train": 30, "balanced": True}, {"subsets": 2, "balanced": True}),
+    ],
+)
+def test_the_rule_of_a_subset_decides_where_there_is_one(keys, expected):
+    found = decides({"data": keys}, "f")
+    assert {key: value for key, value in found.items() if key in ("subsets", "balanced")} == expected
+
+
+def test_evaluations_of_all_images_and_of_balanced_ones_keep_their_names():
+    tree = {"attack": {"eps": 0.1}, "evaluation": {"chunk": 5, "seed": 0}, "axes": {"attack": "pgd"}}
+    old = {"attack": {"eps": 0.1}, "chunk": 5, "seed": 0, "weights": ["last"], "test": "f"}
+
+    def name(limit, subset):
+        data = SimpleNamespace(limit_test=limit, subset=subset, fingerprint=lambda split: "f")
+        return evaluation_name(tree, data, ["last"], None)
+
+    assert name(None, None) == f"pgd-{digest(old)}"
+    assert name(40, "balanced") == f"pgd-{digest({**old, 'limit': 40})}"
+    assert name(40, "stratified") == f"pgd-{digest({**old, 'limit': 40, 'numerics': 2})}"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from typing import Any
 
 from redoubt.errors import UserError
 
-log = logging.getLogger("redoubt")
-
 SOURCES = ("official", "folder", "fake")
 
 #: The least that makes sense: two classes, two images of which a batch statistic can be taken.
-LEAST = {"num_classes": 2, "image_size": 1, "batch_size": 2, "probe": 1, "limit_train": 2, "limit_test": 1}
+LEAST = {
+    "num_classes": 2,
+    "image_size": 1,
+    "batch_size": 2,
+    "probe": 1,
+    "limit_train": 2,
+    "limit_test": 1,
+    "limit_val": 1,
+}
 
 
 def check_options(*, source: str, val_fraction: float, mean: Any, std: Any, **numbers: int | None) -> None:
@@ -44,7 +49,3 @@ def check_options(*, source: str, val_fraction: float, mean: Any, std: Any, **nu
     for key, channels in (("mean", mean), ("std", std)):
         if len(channels) != 3 or (key == "std" and min(channels) <= 0):
             raise UserError(f"data.{key}={list(channels)}: it takes three numbers, one per channel, std over 0")
-    for key in ("limit_train", "limit_test"):
-        limit, classes = numbers[key], numbers["num_classes"]
-        if limit is not None and classes is not None and limit < classes:
-            log.warning("data.%s=%d is fewer than data.num_classes=%d: some classes are left out", key, limit, classes)

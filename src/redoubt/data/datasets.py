@@ -12,7 +12,7 @@ from redoubt.data import classes
 from redoubt.data.module import ImageData
 from redoubt.data.official import CIFARBatches, Official
 from redoubt.data.source import Allocate, Generated, Source
-from redoubt.data.subsets import stratified_split
+from redoubt.data.subsets import split_each
 from redoubt.data.svhn import SVHNMat
 from redoubt.data.tiny import ZIP, TinyFolder, TinyZip
 from redoubt.errors import UserError
@@ -95,7 +95,7 @@ class DigitsSource(Generated):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        train, test = stratified_split(torch.from_numpy(digits.target), 0.2, generator(0, "digits"))
+        train, test = split_each(torch.from_numpy(digits.target), 0.2, generator(0, "digits"))
         rows = (train if split == "train" else test).numpy()
         out = allocate(len(rows))
         for i, row in enumerate(rows):

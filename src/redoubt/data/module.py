@@ -42,8 +42,8 @@ def _whole(split: str) -> str:
 class ImageData(LightningDataModule):
     """Images of one data set, each split one uint8 tensor.
 
-    The validation split is taken off first, then `limit_train` of what is left. Both are index tensors over
-    the one training tensor. Everything is loaded when it is first asked for; with a trainer attached, rank,
+    `limit_train` says what is used, and the validation split is taken off from that. Both are index tensors
+    over the one training tensor. Everything is loaded when it is first asked for; with a trainer attached, rank,
     number of processes and device are the trainer's.
 
     Args:
@@ -56,8 +56,11 @@ class ImageData(LightningDataModule):
         batch_size: Images of the *global* batch, divided over the processes.
         augment: See `redoubt.data.augment`; of training only.
         val_fraction: In [0, 1), split off from training, stratified and by seed.
-        limit_train: Train on the first n of a seeded, class-balanced order; None is all.
-        limit_test: Test on the first n of a class-balanced order, the same for every seed; None is all.
+        limit_train: Use the first n of a seeded order in which classes have their shares, for training and
+            validation; None is all.
+        limit_test: Test on the first n of such an order, the same for every seed; None is all.
+        limit_val: Validate on the first n of the validation split; None is all.
+        balanced: Whether these limits take as many images of each class instead.
         verify: Refuse official files with other checksums than the published ones.
         seed: Of the split, the limit, the order and the augmentation.
         probe: Size of the training subset that is evaluated where there is no validation split.
@@ -89,6 +92,8 @@ class ImageData(LightningDataModule):
         val_fraction: float = 0.0,
         limit_train: int | None = None,
         limit_test: int | None = None,
+        limit_val: int | None = None,
+        balanced: bool | None = None,
         verify: bool = True,
         seed: int = 0,
         probe: int = 512,
@@ -105,12 +110,16 @@ class ImageData(LightningDataModule):
             probe=probe,
             limit_train=limit_train,
             limit_test=limit_test,
+            limit_val=limit_val,
         )
+        if limit_val is not None and not val_fraction:
+            raise UserError(f"data.limit_val={limit_val} limits the validation split: set data.val_fraction too")
         self.root, self.source = Path(root).expanduser(), source
         self.num_classes, self.image_size = num_classes, image_size
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.batch_size, self.augment = batch_size, resolve(augment)
         self.val_fraction, self.limit_train, self.limit_test = val_fraction, limit_train, limit_test
+        self.limit_val, self.balanced = limit_val, bool(balanced)
         self.verify, self.seed, self.probe = verify, seed, probe
         self._device: torch.device | None = None
         self._decoded: dict[str, Decoded] = {}
@@ -201,8 +210,8 @@ class ImageData(LightningDataModule):
     def index(self, split: str) -> Tensor | None:
         """Rows of the decoded split that a subset is made of, int64 on the CPU; None is all, in order.
 
-        "train", "val" and "train_probe" are rows of the training split. A limited "test" is in class-balanced
-        order, so that a smaller limit is the beginning of a larger one.
+        "train", "val" and "train_probe" are rows of the training split. A smaller limit of "test" is the beginning
+        of a larger one.
         """
         if split not in self._rows:
             self._rows[split] = self._choose(split)
@@ -211,13 +220,36 @@ class ImageData(LightningDataModule):
     def _choose(self, split: str) -> Tensor | None:
         labels = self._split(_whole(split)).labels
         if split == "test":
-            return None if self.limit_test is None else first(labels, self.limit_test, TEST_SEED)
-        train, val = training_rows(labels, val_fraction=self.val_fraction, limit=self.limit_train, seed=self.seed)
+            if self.limit_test is None:
+                return None
+            return self._noted(labels, first(labels, self.limit_test, TEST_SEED, self.balanced), "test")
+        train, val = training_rows(
+            labels,
+            val_fraction=self.val_fraction,
+            limit=self.limit_train,
+            seed=self.seed,
+            limit_val=self.limit_val,
+            balanced=self.balanced,
+        )
+        if train is not None:
+            self._noted(labels, train, "train")
         if split == "train_probe":
             return probe_rows(labels, train, self.probe, self.seed)
         if split == "val" and val is None:
             raise UserError("data.val_fraction=0: there is no validation split; set it, as to 0.02")
         return val if split == "val" else train
+
+    def _noted(self, labels: Tensor, rows: Tensor, key: str) -> Tensor:
+        """The rows; says so where a class is not among them."""
+        lost = len(labels.unique()) - len(labels[rows].unique())
+        if lost:
+            said(f"data.limit_{key}: {lost} of {self.num_classes} classes have no image among the {len(rows)}")
+        return rows
+
+    @property
+    def subset(self) -> str | None:
+        """By which rule test images are chosen: "stratified" or "balanced"; None where all of them are taken."""
+        return None if self.limit_test is None else "balanced" if self.balanced else "stratified"
 
     def arrays(self, split: str) -> tuple[Tensor, Tensor]:
         """Images uint8 ``[N, 3, H, W]`` and labels int64 ``[N]`` of a split or subset, see `index`.

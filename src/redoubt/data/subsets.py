@@ -1,4 +1,4 @@
-"""Which rows of a split are used: class-balanced orders and stratified splits, as index tensors."""
+"""Which rows of a split are used: orders in proportion to the classes or balanced, and splits, as index tensors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,46 @@ def balanced_order(labels: Tensor, numbers: torch.Generator) -> Tensor:
     return by_class[turn.argsort(stable=True)]  # stable: within a turn, classes stay in order
 
 
-def stratified_split(labels: Tensor, fraction: float, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows that stay and rows that are split off, in each class the same fraction.
+def proportional_order(labels: Tensor, numbers: torch.Generator) -> Tensor:
+    """All rows, so that in any first n of them the classes have their shares of the whole, each class shuffled.
+
+    The i-th of a class's m members (from 0) stands at (i + 1/2) / m of the way, so that its count among the first n is
+    n m / N, rounded (Sainte-Laguë). A subset of the first m > n holds that of the first n.
 
     Args:
         labels: int64 ``[N]``.
-        fraction: Of each class, rounded to whole images.
+        numbers: Of the shuffle.
+
+    Returns:
+        int64 ``[N]``, a permutation.
+    """
+    shuffled = torch.randperm(len(labels), generator=numbers)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    counts = labels.bincount()
+    turn = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    way = (2 * turn + 1).double() / (2 * counts).repeat_interleave(counts).double()
+    return by_class[way.argsort(stable=True)]
+
+
+def largest_remainders(counts: Tensor, n: int) -> Tensor:
+    """Of classes with these counts, how many of each are n in proportion: whole shares, then the largest remainders.
+
+    A class keeps one member at least, where it has two or more to be chosen among.
+    """
+    total = int(counts.sum())
+    shares, rest = counts * n // total, counts * n % total
+    may = shares + 1 < counts
+    chosen = torch.where(may, rest, -1).argsort(descending=True, stable=True)[: n - int(shares.sum())]
+    shares[chosen] += 1
+    return shares
+
+
+def proportional_split(labels: Tensor, fraction: float, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows that stay and rows that are split off, of which each class has its share by largest remainder.
+
+    Args:
+        labels: int64 ``[N]``.
+        fraction: Of all rows, rounded to whole images.
         numbers: Choose them.
 
     Returns:
@@ -42,45 +76,62 @@ def stratified_split(labels: Tensor, fraction: float, numbers: torch.Generator) 
     Raises:
         UserError: A class would keep no image, or not one image would be split off.
     """
+    counts, n = labels.bincount(), round(fraction * len(labels))
+    if not n:
+        raise UserError(f"data.val_fraction={fraction} is not one of {len(labels)} images; raise it or set it to 0")
+    take = largest_remainders(counts, n)
+    lost = ((take >= counts) & (counts > 0)).nonzero()
+    if len(lost):
+        raise UserError(
+            f"data.val_fraction={fraction} leaves class {int(lost[0])} without a training image (it has"
+            f" {int(counts[lost[0]])}); lower it"
+        )
     shuffled = torch.randperm(len(labels), generator=numbers)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    off: list[Tensor] = []
-    for members in by_class.split(labels.bincount().tolist()):
-        take = round(fraction * len(members))
-        if len(members) and take >= len(members):
-            raise UserError(
-                f"data.val_fraction={fraction} leaves class {int(labels[members[0]])} without a training"
-                f" image (it has {len(members)}); lower it"
-            )
-        off.append(members[:take])
-    held_out = torch.cat(off).sort().values
-    if not len(held_out):
-        raise UserError(f"data.val_fraction={fraction} is not one image of any class; raise it or set it to 0")
+    by_class = shuffled[labels[shuffled].argsort(stable=True)].split(counts.tolist())
+    held_out = torch.cat([members[:k] for members, k in zip(by_class, take.tolist(), strict=True)]).sort().values
     stays = torch.ones(len(labels), dtype=torch.bool)
     stays[held_out] = False
     return stays.nonzero().squeeze(1), held_out
 
 
-def first(labels: Tensor, n: int, seed: int) -> Tensor:
-    """The first n rows of the class-balanced order that `data.limit_*` takes from."""
-    return balanced_order(labels, generator(seed, "limit"))[:n]
+def split_each(labels: Tensor, fraction: float, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows that stay and rows that are split off, in each class the same fraction, rounded; ascending."""
+    shuffled = torch.randperm(len(labels), generator=numbers)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    classes = by_class.split(labels.bincount().tolist())
+    held_out = torch.cat([members[: round(fraction * len(members))] for members in classes]).sort().values
+    stays = torch.ones(len(labels), dtype=torch.bool)
+    stays[held_out] = False
+    return stays.nonzero().squeeze(1), held_out
+
+
+def first(labels: Tensor, n: int, seed: int, balanced: bool = False, purpose: str = "limit") -> Tensor:
+    """The first n rows of the order that `data.limit_*` takes from."""
+    order = balanced_order if balanced else proportional_order
+    return order(labels, generator(seed, purpose))[:n]
 
 
 def training_rows(
-    labels: Tensor, *, val_fraction: float, limit: int | None, seed: int
+    labels: Tensor,
+    *,
+    val_fraction: float,
+    limit: int | None,
+    seed: int,
+    limit_val: int | None = None,
+    balanced: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Rows to train on (None is all) and rows to validate on (None is none).
 
-    The validation rows are taken off first; so they are the same for every limit.
+    The limit is of what is used; the validation rows are split off from these.
     """
-    stays: Tensor | None = None
-    held_out: Tensor | None = None
-    if val_fraction > 0:
-        stays, held_out = stratified_split(labels, val_fraction, generator(seed, "split"))
-    if limit is not None:
-        rows = torch.arange(len(labels)) if stays is None else stays
-        stays = rows[first(labels[rows], limit, seed)]
-    return stays, held_out
+    rows = None if limit is None else first(labels, limit, seed, balanced)
+    if not val_fraction:
+        return rows, None
+    used = torch.arange(len(labels)) if rows is None else rows
+    stays, held_out = proportional_split(labels[used], val_fraction, generator(seed, "split"))
+    if limit_val is not None:
+        held_out = held_out[first(labels[used[held_out]], limit_val, seed, balanced, "limit_val")]
+    return used[stays], used[held_out]
 
 
 def probe_rows(labels: Tensor, train: Tensor | None, n: int, seed: int) -> Tensor:

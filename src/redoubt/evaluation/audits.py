@@ -66,7 +66,7 @@ def audited(
         "weights": weights_id,
         "source": source.identity if source else None,
         "test": data.fingerprint("test"),
-        "balanced": data.limit_test is not None,
+        "balanced": data.subset if data.subset == "stratified" else data.subset is not None,
         "classes": data.places(module.classes),
         "n": len(labels),
         "numerics": redoubt.NUMERICS,

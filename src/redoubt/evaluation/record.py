@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import redoubt
 from redoubt.data import ImageData
 from redoubt.data.classes import places
 from redoubt.defenses import RobustModule
@@ -88,7 +89,8 @@ def evaluate(
         stored = read_results(folder / name) if (folder / name / "verdicts.npz").is_file() else None
         stored = broadcast(stored)  # what ranks on other machines see may be older
         if stored is not None:  # an audit may have come since
-            return {**stored, **audits.marks(folder, stored, attack)}
+            subset = {"subset": data.subset} if data.subset else {}  # old ones do not say it
+            return {**stored, **subset, **audits.marks(folder, stored, attack)}
     if on is not None:
         chosen = chosen.crafted_on(on.identity)
     images, labels = (t[:limit] for t in data.test_for(module.classes))
@@ -100,7 +102,7 @@ def evaluate(
         "seed": options["seed"],
         "weights": weights_id,
         "test": data.fingerprint("test"),
-        "balanced": data.limit_test is not None,  # then in another order
+        "balanced": data.subset if data.subset == "stratified" else data.subset is not None,  # then in another order
         "classes": order,
     }
     kept = Kept(folder / "kept", common, save) if folder is not None else None
@@ -118,6 +120,8 @@ def evaluate(
     )
     verdicts = judge(images, labels)
     results = _results(name, chosen, attack, facts, verdicts, judge, weights_id)
+    if data.subset:
+        results["subset"] = data.subset
     if folder is not None:
         results |= audits.marks(folder, results, attack)
     if on is not None:
@@ -145,6 +149,8 @@ def evaluation_name(
         "weights": weights,
         "test": data.fingerprint("test"),
         "limit": data.limit_test,
+        # What is taken in proportion is another set than the class-balanced one of old evaluations.
+        "numerics": redoubt.SUBSETS if data.subset == "stratified" else None,
         "classes": order,
     }
     return f"{tree['axes']['attack']}-{digest(decisive)}"
@@ -213,7 +219,13 @@ def _write(
     kept = {name: file.name for name, file in files.items()}
     write_json(
         folder / "attack.json",
-        {"attack": tree["attack"], "evaluation": tree["evaluation"], "limit_test": data.limit_test, "kept": kept},
+        {
+            "attack": tree["attack"],
+            "evaluation": tree["evaluation"],
+            "limit_test": data.limit_test,
+            "subset": data.subset,
+            "kept": kept,
+        },
     )
     write_json(folder / "results.json", results)  # last: a folder with results is a complete one
 

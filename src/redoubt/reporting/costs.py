@@ -58,8 +58,8 @@ class Job:
     def images(self) -> int:
         """Training images that it sees, over all epochs."""
         data, there = self.cfg.data, IMAGES[self.cfg.axes.data]
-        there -= round(there * float(data.val_fraction))
-        return min(there, data.limit_train or there) * int(self.cfg.trainer.max_epochs)
+        used = min(there, data.limit_train or there)
+        return (used - round(used * float(data.val_fraction))) * int(self.cfg.trainer.max_epochs)
 
     @property
     def key(self) -> str:

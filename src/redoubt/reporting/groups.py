@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redoubt.reporting.collect import CELL, Evaluation, Record
-from redoubt.reporting.table import suite_title, threat, weights
+from redoubt.reporting.table import subset, suite_title, threat, weights
 from redoubt.runs.identity import EXCLUDED, deciding, digest, leaves
 
 
@@ -45,7 +45,8 @@ class Protocol:
 def protocol(evaluation: Evaluation) -> Protocol:
     """The protocol of an evaluation."""
     limit = evaluation.settings.get("limit_test")
-    special = "" if limit is None else f", {limit} images"
+    # The limits of old evaluations, which name no rule, were balanced.
+    special = "" if limit is None else f", {limit} images{subset(evaluation.settings.get('subset') or 'balanced')}"
     if not evaluation.own:
         special += f", {weights(evaluation.results)}"
     settings, found, shown = evaluation.settings, evaluation.threat, suite_title(evaluation.results)

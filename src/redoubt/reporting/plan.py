@@ -82,8 +82,8 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
 def _published(cfg: DictConfig, data: ImageData) -> tuple[int, int]:
     """Training and test images of the published files, less validation and limits."""
     train, test = data.published
-    train -= round(train * float(cfg.data.val_fraction))
-    return min(train, cfg.data.limit_train or train), min(test, cfg.data.limit_test or test)
+    train = min(train, cfg.data.limit_train or train)
+    return train - round(train * float(cfg.data.val_fraction)), min(test, cfg.data.limit_test or test)
 
 
 def measure(module: RobustModule, data: ImageData, n: int, device: str, precision: str) -> tuple[float, float]:

@@ -69,6 +69,11 @@ def audit_place(report: Mapping[str, Any]) -> str:
     return f"{report['n']} images{threat(report['threat'])}, {weights(report)}"
 
 
+def subset(rule: str | None) -> str:
+    """How the images of a limited test set were chosen; nothing where all are taken."""
+    return {"stratified": " in proportion to the classes", "balanced": ", as many of each class"}.get(str(rule), "")
+
+
 def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """Accuracies in per cent with their 95 % intervals, one column per evaluation."""
     results = [named(r) for r in results]
@@ -76,7 +81,8 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     caption = "accuracy in %, 95 % Wilson interval"
     if any("outside" in m for r in results for m in r["metrics"].values()):
         caption += "; *: some images left the ball and count as not attacked"
-    heading = f"{first['axes']['data']}, {first['n']} test images, {suite_title(first)}{threat(first['threat'])}"
+    images = f"{first['n']} test images{subset(first.get('subset'))}"
+    heading = f"{first['axes']['data']}, {images}, {suite_title(first)}{threat(first['threat'])}"
     table = Table(title=heading, caption=caption, min_width=len(heading))
     table.add_column("attack")
     for r in results:

@@ -26,6 +26,7 @@ EXCLUDED = frozenset(
         "callbacks",
         "compile_cache",
         "data.limit_test",
+        "data.balanced",  # `decides` has it, where it does
         "data.root",  # the fingerprint of the training tensors stands for both
         "data.source",
         "data.verify",
@@ -139,13 +140,23 @@ def decides(
         pretrained: Identity of what this run starts from, in place of the config's ``pretrained``; None from scratch.
         extends: Identity of the run that this one goes on from, in place of ``extend``.
     """
+    config = deciding(cfg, excluded=WITHOUT)
     return {
-        "config": deciding(cfg, excluded=WITHOUT),
+        "config": config,
         "data": train_fingerprint,
         "pretrained": pretrained,
         "numerics": redoubt.NUMERICS,
         **({"extends": extends} if extends else {}),
+        **_subset(cfg, config.get("data", {})),
     }
+
+
+def _subset(cfg: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule by which training images were chosen; nothing where all of them are trained on."""
+    limited = data.get("limit_train") is not None or data.get("limit_val") is not None
+    if not limited and not data.get("val_fraction"):
+        return {}
+    return {"subsets": redoubt.SUBSETS} | ({"balanced": True} if limited and cfg["data"].get("balanced") else {})
 
 
 def identity(
