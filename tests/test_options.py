@@ -291,9 +291,9 @@ ELSEWHERE = {
     "fold",
     "base.label_smoothing", "trainer.sync_batchnorm", "trainer.deterministic", "trainer.fast_dev_run",
     "evaluation.weights", "logger.project", "logger.offline", "attack.norm", "attack.ensemble", "attack.attacks",
-    "natural", "plan", "run", "checkpoint", "to", "defense.pretrained", "defense.replace_head", "extend", "rescore", "evaluation.save",
-    "evaluation.skip_broken", "logger.entity", "logger.checkpoint", "sweep.name", "sweep.cases", "sweep.evaluations",
-    "sweep.trial", "sweep.wait",
+    "natural", "plan", "run", "checkpoint", "to", "defense.pretrained", "defense.replace_head", "extend", "rescore",
+    "evaluation.save", "evaluation.skip_broken", "logger.entity", "logger.checkpoint", "sweep.name", "sweep.cases",
+    "sweep.evaluations", "sweep.trial", "sweep.wait",
 }  # fmt: skip
 
 
