@@ -35,6 +35,10 @@ def old(tmp_path: Path, shell: Shell) -> Path:
     return folder
 
 
+#: Of the record of a sweep's cell, the answer.
+CELL = ("overrides", "evaluations", "state", "run", "results")
+
+
 def run_named(folder: Path, begin: str) -> Path:
     (found,) = (folder / "outputs/runs").glob(f"{begin}-*")
     return found
@@ -47,30 +51,21 @@ def contents(folders: Iterable[Path]) -> dict[Path, bytes]:
     for file in found:
         if file.parent.name == "cells":
             record = json.loads(found[file])
-            found[file] = json.dumps([record[key] for key in ("state", "run", "results")]).encode()
-    return found
-
-
-def answers(outputs: Path) -> dict[Path, Any]:
-    """Its contents; of a sweep's cell, which is looked at anew once a file of ``conf/`` has changed, the answer."""
-    found: dict[Path, Any] = dict(contents([outputs]))
-    for file in outputs.glob("sweeps/*/cells/*.json"):
-        record = json.loads(found[file])
-        found[file] = {key: record[key] for key in ("overrides", "evaluations", "state", "run", "results")}
+            found[file] = json.dumps([record[key] for key in CELL]).encode()
     return found
 
 
 def test_every_command_is_answered(old: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run and evaluation has the name that it had: nothing is trained, attacked or changed."""
     monkeypatch.setattr(WhiteBox, "__call__", lambda *_: pytest.fail("attacks"))
-    before = answers(old / "outputs")
+    before = contents([old / "outputs"])
     for words in TRAIN.values():
         ended = shell("train", *words)
         assert (ended.code, "training" in ended.err) == (0, False), ended.err
     for command in (("train", *SWEEP), ("eval", *EVALUATION)):
         ended = shell(*command)
         assert (ended.code, "training" in ended.err) == (0, False), ended.err
-    assert answers(old / "outputs") == before
+    assert contents([old / "outputs"]) == before
 
 
 def test_every_run_is_listed(old: Path, shell: Shell) -> None:
