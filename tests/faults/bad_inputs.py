@@ -567,7 +567,7 @@ WEIGHTS = [
     file_of(lambda state: [1, 2], "holds no state_dict"),
     file_of(lambda state: torch.zeros(3), "holds no state_dict"),
     file_of(lambda state: {}, "holds no state_dict"),
-    file_of(lambda state: {**state, "x": "text"}, "holds no state_dict"),
+    file_of(lambda state: {"x": "text"}, "holds no state_dict"),
     file_of(lambda state: dict(enumerate(state.values())), "holds no state_dict"),
     file_of(lambda state: dict(list(state.items())[1:]), "of another net", "is missing"),
     file_of(lambda state: state, "of another net", "is [10, 8]", words="data.num_classes=5"),

@@ -49,6 +49,7 @@ def path(tmp_path):
         lambda s: s,
         lambda s: {"state_dict": s, "epoch": 3},
         lambda s: {"model_state_dict": s},
+        lambda s: {**s, "epoch": 3, "arch": "x"},
         lambda s: {"model": {"state_dict": s}, "lr": 0.1},
         lambda s: {"net": s, "acc": 93.1},
         lambda s: {f"module.{k}": v for k, v in s.items()},
