@@ -72,6 +72,23 @@ def test_keys_that_move_together_are_one_axis(outputs: Path) -> None:
     assert sweep.values(0) == [4 / 255, 8 / 255]
 
 
+def test_of_three_keys_each_slice_says_what_is_fixed(outputs: Path) -> None:
+    trees = [
+        config(defense__lambda_sep=a, defense__lambda_rec=b, defense__tau=t)
+        for a, b, t in itertools.product((0.5, 1), (1, 2), (0.1, 0.2))
+    ]
+    found = groups.sweeps(store(outputs, *trees))
+    assert len(found) == len({s.title for s in found}) == 6
+    keys = ("defense.lambda_rec", "defense.lambda_sep", "defense.tau")
+    for sweep in found:
+        assert {*sweep.keys, *sweep.fixed} == {*keys}
+        for runs in sweep.points.values():
+            for run in runs:
+                for key, value in sweep.fixed.items():
+                    assert run.config["defense"][key.removeprefix("defense.")] == value
+    assert sum(sweep.title.endswith("; defense.tau=0.1") for sweep in found) == 1
+
+
 def test_runs_that_differ_in_three_keys_or_in_words_are_no_sweep(outputs: Path) -> None:
     trees = [
         config(),

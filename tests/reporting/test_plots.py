@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,28 @@ def test_every_figure_that_there_is_data_for(filled: Path, monkeypatch: pytest.M
     assert [axes.get_title().rsplit(": ")[-1] for axes in curves] == ["clean", "pgd10"]
     names = [line.get_label() for line in curves[0].lines]
     assert names == ["afd", "cure", "fsr 0000000000", "fsr 0000000001"]
+
+
+def test_a_slice_of_three_keys_says_what_is_fixed_and_shows_what_all_its_points_have(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    attack = {"norm": "linf", "eps": 8 / 255, "attacks": {"fgsm": {}, "pgd20": {}}}
+    for i, (sep, rec, tau) in enumerate(itertools.product((0.5, 1), (1, 2), (0.1, 0.2))):
+        tree = config(defense__lambda_sep=sep, defense__lambda_rec=rec, defense__tau=tau)
+        names = ["fgsm", "pgd20", "ensemble"] if i == 0 else ["fgsm", "pgd20"]
+        add_evaluation(add_run(outputs, tree, f"{i:010x}"), nested(rng, 50, names), attack=attack)
+    drawn = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, stem: drawn.update({stem.name: figure}))
+    plots.plot(outputs=str(outputs), figure="sweep")
+    assert len(drawn) == 6
+    of = "fsr_suite, linf eps 8/255 (0.03137), student weights of last"
+    for tau in (0.1, 0.2):
+        begin = f"sweep-defense.lambda_rec-defense.lambda_sep-defense.tau_{tau}-"
+        (name,) = [name for name in drawn if name.startswith(begin)]
+        axes = drawn[name].axes[0]
+        assert axes.get_title() == f"PGD-20, fsr + at, resnet18, cifar10; defense.tau={tau}\n{of}"
+        assert np.isfinite(axes.images[0].get_array()).sum() == 4
 
 
 def test_a_figure_is_png_and_pdf_with_truetype(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,43 @@ def test_ls_as_json(tmp_path: Path, runs: list[Run], capsys: pytest.CaptureFixtu
     assert rows[1]["natural"] is None
 
 
+def test_the_evaluation_that_stands_for_a_run_is_shown_and_named(
+    tmp_path: Path, runs: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A later and weaker one, and one at another eps, do not take its place, whatever the times of the files are."""
+    config = {"axes": AXES, "seed": 3, "threat": {"norm": "linf", "eps": 8 / 255}}
+    config["evaluation"] = {"checkpoint": "last", "weights": "ema"}
+    run = Store(tmp_path).open(AXES, 3, f"{3:010x}", config, devices=["cpu"])
+
+    def add(suite: str, day: int, eps: float, robust: float, steps: int) -> None:
+        attack = {"attacks": {"a": {"_target_": "redoubt.attacks.WhiteBox", "steps": steps}}}
+        write_json(run.eval / f"{suite}-aa" / "attack.json", {"attack": attack})
+        metrics = {"natural": {"accuracy": 0.9}, suite: {"accuracy": robust}}
+        results = {"threat": {"norm": "linf", "eps": eps}, "checkpoint": "last", "weights": "ema", "n": 100}
+        results |= {"axes": {**AXES, "attack": suite}, "members": {}, "evaluated": f"2026-12-{day:02}T00:00:00+00:00"}
+        write_json(run.eval / f"{suite}-aa" / "results.json", {**results, "metrics": metrics})
+
+    add("pgd20", 2, 8 / 255, 0.5, 20)
+    add("fgsm", 3, 8 / 255, 0.6, 1)
+    add("pgd100", 4, 2 / 255, 0.8, 100)
+    call(tmp_path, "ls", "--json")
+    row = json.loads(capsys.readouterr().out)[-1]
+    assert (row["robust"], row["robust_attack"], row["evaluation"]) == (0.5, "pgd20", "pgd20-aa")
+    assert (row["norm"], row["eps"], row["checkpoint"], row["weights"], row["n"]) == (
+        "linf",
+        8 / 255,
+        "last",
+        "ema",
+        100,
+    )
+    call(tmp_path, "ls")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "50.00 % pgd20 pgd20, linf eps 8/255 (0.03137), ema weights of last" in shown
+    call(tmp_path, "show", "0000000003")
+    assert capsys.readouterr().out.count("stands for the run: yes\n    natural: 90.00 %\n    pgd20: 50.00 %") == 1
+    assert Run(run.folder).standing()[0].name == "pgd20-aa"  # type: ignore[index]
+
+
 def test_an_empty_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", f"paths.outputs={tmp_path}"]) == 0
     assert f"no runs in {tmp_path}" in capsys.readouterr().out

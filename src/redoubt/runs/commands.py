@@ -137,7 +137,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*[Text(cell) for cell in row])  # Text: a reason may contain [brackets]
-    for column in table.columns[:-1]:
+    for column in table.columns[:-2]:
         column.no_wrap, column.overflow = True, "fold"
     console.print(table)
 
