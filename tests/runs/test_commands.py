@@ -94,7 +94,7 @@ def test_the_evaluation_that_stands_for_a_run_is_shown_and_named(
     shown = " ".join(capsys.readouterr().out.split())
     assert "50.00 % pgd20 pgd20, linf eps 8/255 (0.03137), ema weights of last" in shown
     call(tmp_path, "show", "0000000003")
-    assert capsys.readouterr().out.count("stands for the run: yes\n    natural: 90.00 %\n    pgd20: 50.00 %") == 1
+    assert capsys.readouterr().out.count("stands for the run: yes\n  natural: 90.00 %\n  pgd20: 50.00 %") == 1
     assert Run(run.folder).standing()[0].name == "pgd20-aa"  # type: ignore[index]
 
 
