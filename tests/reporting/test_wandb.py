@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from tests.reporting import stores
 
 from redoubt import cli
 from redoubt.errors import UserError
@@ -341,3 +342,25 @@ def test_a_failure_costs_no_result(
     wandb_log.log_evaluation(cell("logger=wandb"), record.run, results)
     (line,) = [r.getMessage() for r in caplog.records]
     assert line.startswith("W&B: disk full; evaluation fgsm-")
+
+
+def test_a_suite_s_name_is_of_the_evaluation_that_stands_for_the_run(outputs: Path) -> None:
+    """One at another eps gets a name of its own, even if it is the newest, and keeps it once it was sent."""
+    folder = stores.add_run(outputs, stores.config(), "0" * 10)
+    rng = np.random.default_rng(0)
+    for hash, eps in (("a", 8 / 255), ("b", 16 / 255), ("c", 4 / 255)):
+        verdicts, day = stores.nested(rng, 40, ["fgsm"]), f"2026-12-0{ord(hash) - 96}"
+        stores.add_evaluation(folder, verdicts, hash=hash, eps=eps, evaluated=day)
+    record = Record(Run(folder))
+    by = {e.folder.name: e for e in record.evaluations}
+    assert list(by) == ["fsr_suite-c", "fsr_suite-b", "fsr_suite-a"]
+    found = wandb_log.keyed(record, by["fsr_suite-b"], ())
+    assert {key: e.folder.name for key, e in found.items()} == {
+        "fsr_suite": "fsr_suite-a",
+        "fsr_suite-b": "fsr_suite-b",
+    }
+    assert set(wandb_log.keyed(record, by["fsr_suite-a"], ["fsr_suite-c"])) == {"fsr_suite", "fsr_suite-c"}
+    said = wandb_log.standing_summary(record)
+    assert said["robust"] == by["fsr_suite-a"].accuracy("fgsm")
+    assert said["robust/of"] == "fsr_suite, linf eps 8/255 (0.03137), student weights of last"
+    assert wandb_log.summary(by["fsr_suite-b"], "fsr_suite-b")["eval/fsr_suite-b/eps"] == 16 / 255

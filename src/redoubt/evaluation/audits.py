@@ -15,6 +15,7 @@ from redoubt.defenses import RobustModule
 from redoubt.evaluation.audit import Audit, summary
 from redoubt.evaluation.suite import suite
 from redoubt.reporting.figures import curve
+from redoubt.reporting.table import audit_place
 from redoubt.runs.files import read_json, write_json
 from redoubt.runs.identity import canonical, digest, plain
 
@@ -90,8 +91,9 @@ def audited(
         checks = run(kept)
         threat = {"norm": run.norm, "eps": run.eps}
         lines = {"accuracy_over_eps": run.eps, "accuracy_over_iterations": None}
+        of = f"{facts['run']}\n{audit_place({**facts, 'threat': threat, 'n': len(labels)})}"
         for name, columns in run.curves.items():
-            title = f"{name.replace('_', ' ')}\n{facts['run']}"
+            title = f"{name.replace('_', ' ')}\n{of}"
             curve(where, name, columns, title=title, mark=lines[name])
         report = {
             **facts,

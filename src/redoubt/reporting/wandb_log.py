@@ -94,7 +94,7 @@ def keyed(record: Record, evaluation: Evaluation, sent: Collection[str]) -> dict
     }
     found = {attack: e for attack, e in first.items() if e is not None}
     rest = {name: e for name, e in known.items() if e is not found[e.attack]}
-    return found | {name: e for name, e in rest.items() if e is evaluation or name in sent}
+    return found | {name: e for name, e in rest.items() if name in (evaluation.folder.name, *sent)}
 
 
 def standing_summary(record: Record) -> dict[str, Any]:

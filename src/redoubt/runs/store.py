@@ -159,7 +159,7 @@ class Run:
         """``threat`` and ``evaluation`` of the config; reading it whole takes long where all runs are listed."""
         with suppress(OSError, ValueError, yaml.YAMLError):
             text = self.config_file.read_text(encoding="utf-8")
-            found = yaml.safe_load("".join(re.findall(r"^(?:threat|evaluation):\n(?: .*\n)+", text, re.MULTILINE)))
+            found = _loaded("".join(re.findall(r"^(?:threat|evaluation):\n(?: .*\n)+", text, re.MULTILINE)))
             if found and {"threat", "evaluation"} <= found.keys():
                 return dict(found)
         return self._stored() or {}
