@@ -140,6 +140,35 @@ def test_help_without_torch(tmp_path: Path) -> None:
         assert time.monotonic() - began < 5
 
 
+EARLY = [
+    ("train optimizer.lr=-1", "optimizer.lr=-1"),
+    ("train trainer.max_epochs=0", "trainer.max_epochs=0"),
+    ("train threat.eps=8", "threat.eps=8 is outside"),
+    ("train evaluation.checkpoint=best", "data.val_fraction"),
+    ("train defense=afd defense.pretrained=nosuch", "defense.pretrained=nosuch: no such run"),
+    ("train defense=afd defense.pretrained=no.pt", "defense.pretrained=no.pt: no such file"),
+    ("eval", "eval wants either run="),
+    ("eval run=nosuch", "run=nosuch: no such run"),
+    ("eval checkpoint=no.pt", "no.pt: no such file"),
+    ("audit run=nosuch", "run=nosuch: no such run"),
+    ("export", "run is missing"),
+    ("export run=nosuch to=net.foo", "to=net.foo: no format"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [pytest.param(*case, id=case[0], marks=[pytest.mark.slow] * (i % 6 > 0)) for i, case in enumerate(EARLY)],
+)
+def test_what_config_and_store_can_tell_is_told_without_torch(words: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    env = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
+    command = [sys.executable, "-m", "redoubt.cli", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert says in done.stderr
+
+
 def test_eval_of_a_run_by_name(trained: tuple[Path, Command], tmp_path: Path) -> None:
     folder = shutil.copytree(trained[0], tmp_path / "own")  # other tests count what `trained` holds
     run = only_run(folder)

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from redoubt import config, explain, launched
+from redoubt import beforehand, config, explain, launched
 from redoubt.completion import completion
 from redoubt.composed import checked
 from redoubt.errors import CheckFailed, UserError, did_you_mean
@@ -235,13 +235,15 @@ def _cell(command: str, cfg: DictConfig, overrides: list[str], debug: bool) -> t
 def _job(command: str, cfg: DictConfig, overrides: list[str]) -> Any:
     """One job in as many processes as it asks for."""
     _log()
+    config.complete(cfg, command)
+    if command != "export":
+        cfg = config.resolve(cfg)
+    beforehand.look(command, cfg, overrides)
     from redoubt import jobs
     from redoubt.training.companions import companions
 
-    config.complete(cfg, command)
     if command == "export":
         return jobs.export_run(cfg)
-    cfg = config.resolve(cfg)
     job = {"command": command, "config": cfg, "overrides": overrides, "config_dirs": config.search_path}
     with companions(job, jobs.processes(cfg)):
         return jobs.run(command, cfg, overrides)

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from redoubt.beforehand import the_target
 from redoubt.build import make
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
@@ -51,10 +52,7 @@ def export(
             give the run's logits when it is read back; nothing is left then.
     """
     file = Path(to).expanduser()
-    if file.suffix not in FORMATS:
-        raise UserError(f"to={to}: no format has this suffix: take one of {', '.join(FORMATS)}")
-    if file.exists():
-        raise UserError(f"to={to} exists: remove it or give another name")
+    the_target(str(to))
     form = FORMATS[file.suffix]
     for package in form.packages:
         try:

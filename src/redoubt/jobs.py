@@ -19,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import redoubt
-from redoubt import config, deadline, launched
+from redoubt import beforehand, config, deadline, launched
 from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
-from redoubt.errors import CheckFailed, UserError, shown
+from redoubt.errors import CheckFailed, UserError
 from redoubt.evaluation.audit import radius
 from redoubt.evaluation.audits import audited
 from redoubt.evaluation.record import Source, evaluate
@@ -31,12 +31,12 @@ from redoubt.evaluation.rescore import objections, rescore
 from redoubt.evaluation.results import read_results
 from redoubt.evaluation.suite import suite
 from redoubt.export import export
-from redoubt.nets import load_backbone, split_choice
+from redoubt.nets import load_backbone
 from redoubt.reporting import wandb_run
 from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
 from redoubt.runs.extending import extended
-from redoubt.runs.files import read_json
+from redoubt.runs.files import read_json, split_choice
 from redoubt.runs.identity import canonical, deciding, digest, leaves, plain
 from redoubt.runs.loading import classes_of, load, weights_hash
 from redoubt.runs.store import Run, Store
@@ -169,8 +169,7 @@ def _check_evaluation(cfg: DictConfig, data: ImageData) -> None:
     chosen.members(data.num_classes)  # refuses what none of is defined
     if chosen.on_source and cfg.attack.get("source") not in (None, "auto"):
         running.transfer_source(cfg, data)
-    if cfg.evaluation.checkpoint == "best" and not cfg.data.val_fraction:
-        raise UserError("evaluation.checkpoint=best needs a validation split: set data.val_fraction, as to 0.02")
+    beforehand.best_wants_a_split(cfg)
     if cfg.evaluation.beside:
         running.twin_config(cfg, defense="none", base=str(cfg.evaluation.beside))
 
@@ -205,14 +204,7 @@ def _source_of_one_batch(cfg: DictConfig, data: ImageData) -> Source:
 
 def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Attacks a finished run, or a file of weights in the net that ``model`` and ``defense`` name."""
-    if (cfg.run is None) == (cfg.checkpoint is None):
-        raise UserError("eval wants either run=<folder or name> or checkpoint=<file> with model=... data=...")
-    if cfg.rescore is not None and cfg.run is None:
-        raise UserError("rescore is of a run's evaluation: give run=<folder or name> rescore=<evaluation>")
-    for key in ("trainer.fast_dev_run", "plan", "extend"):
-        if value := OmegaConf.select(cfg, key):
-            hint = "leave it out; for a quick look take data.limit_test=100"
-            raise UserError(f"{key}={shown(value)} is for train: {hint}")
+    beforehand.look("eval", cfg, overrides)
     if cfg.run is not None:
         run = Store(cfg.paths.outputs).find(str(cfg.run))
         if cfg.rescore is not None:
@@ -238,11 +230,9 @@ def audit(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     Raises:
         CheckFailed: A check failed.
     """
-    if (cfg.run is None) == (cfg.checkpoint is None):
-        raise UserError("audit wants either run=<folder or name> or checkpoint=<file> with model=... data=...")
+    beforehand.look("audit", cfg, overrides)
     if cfg.run is not None:
         run = Store(cfg.paths.outputs).find(str(cfg.run))
-        run.must_be_finished()
         stored = run.config()
         keys = cfg.audit
         cfg = of_run(stored, cfg, overrides, own_suite=True)
@@ -358,9 +348,6 @@ def of_run(stored: dict[str, Any], cfg: DictConfig, overrides: list[str], own_su
             raise UserError(f"axes.{axis}={option!r} in the run's config.yaml is no option's name: restore that file")
     merged = OmegaConf.create(stored)
     said = {o.lstrip("+~").split("=", 1)[0] for o in overrides}
-    for key in said:
-        if key.split(".")[0] in ("model", "defense", "base", "seed", "inner", "optimizer", "schedule") or key == "data":
-            raise UserError(f"{key} is the run's own and cannot be changed for an evaluation: leave it out")
     for key in ("trainer", "evaluation", "paths"):
         OmegaConf.update(merged, key, {**merged[key], **cfg[key]}, merge=False)
     if any(key.split(".")[0] == "logger" for key in said) or HIDDEN in str(stored["logger"]):
@@ -392,9 +379,6 @@ _OPTION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
 
 def export_run(cfg: DictConfig) -> None:
     """Writes a finished run's net as a file and says what it holds."""
-    for key, like in (("run", "<folder or name>"), ("to", "model.safetensors, model.pt2 or model.onnx")):
-        if cfg[key] is None:
-            raise UserError(f"{key} is missing: export wants {key}={like}")
     chosen = cfg.evaluation
     options = {"checkpoint": str(chosen.checkpoint), "weights": chosen.weights, "outputs": str(cfg.paths.outputs)}
     print(export(str(cfg.run), str(cfg.to), **options), flush=True)

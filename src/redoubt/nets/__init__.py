@@ -2,7 +2,7 @@
 
 from redoubt.nets.base import Backbone, Normalize
 from redoubt.nets.folding import Folding
-from redoubt.nets.loading import OtherNet, load_backbone, load_weights, split_choice
+from redoubt.nets.loading import OtherNet, load_backbone, load_weights
 from redoubt.nets.mode import attack_mode
 
 __all__ = [
@@ -13,5 +13,4 @@ __all__ = [
     "attack_mode",
     "load_backbone",
     "load_weights",
-    "split_choice",
 ]

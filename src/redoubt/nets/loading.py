@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from redoubt.errors import UserError
 from redoubt.nets.base import Backbone, Normalize
-from redoubt.nets.reading import Tables, read_tables, split_choice
+from redoubt.nets.reading import Tables, read_tables
+from redoubt.runs.files import split_choice
 
 log = logging.getLogger(__name__)
 
-__all__ = ["OtherNet", "load_backbone", "load_weights", "split_choice"]
+__all__ = ["OtherNet", "load_backbone", "load_weights"]
 
 #: Dictionaries of which the first is meant where a file holds the net in several of them.
 _FIRST = ("state_dict", "model_state_dict", "model", "net")

@@ -18,15 +18,6 @@ from redoubt.errors import UserError
 Tables = dict[tuple[str, ...], dict[str, Tensor]]
 
 
-def split_choice(text: str | Path) -> tuple[Path, str]:
-    """``weights.pt::state_dict_ema`` as the file and the name in it, which is "" where none is given."""
-    path = Path(text).expanduser()
-    if path.is_file() or "::" not in str(text):
-        return path, ""
-    file, _, name = str(text).rpartition("::")
-    return Path(file).expanduser(), name
-
-
 def read_tables(path: Path) -> Tables:
     """Reads all tensors of a .safetensors file or a torch file (with `weights_only=True`, never otherwise).
 

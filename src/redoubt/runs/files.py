@@ -30,6 +30,15 @@ def cannot_write(path: Path | str, error: BaseException) -> UserError:
     )
 
 
+def split_choice(text: str | Path) -> tuple[Path, str]:
+    """``weights.pt::state_dict_ema`` as the file and the name in it, which is "" where none is given."""
+    path = Path(text).expanduser()
+    if path.is_file() or "::" not in str(text):
+        return path, ""
+    file, _, name = str(text).rpartition("::")
+    return Path(file).expanduser(), name
+
+
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """A temporary path beside ``path``, which becomes ``path`` if the body succeeds.

@@ -19,11 +19,11 @@ from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.record import Source, evaluate
-from redoubt.nets import load_backbone, split_choice
+from redoubt.nets import load_backbone
 from redoubt.reporting.wandb_log import log_evaluation
 from redoubt.runs.checkpoints import checksum_file, newest, strip
 from redoubt.runs.extending import Origin, nearest
-from redoubt.runs.files import read_rows, write_json
+from redoubt.runs.files import read_rows, split_choice, write_json
 from redoubt.runs.identity import decides, differences, identity, plain
 from redoubt.runs.loading import classes_of, is_exported, load, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config

@@ -12,14 +12,16 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from redoubt.beforehand import pretrained
 from redoubt.build import make
 from redoubt.data import ImageData
 from redoubt.errors import UserError
-from redoubt.nets import Backbone, OtherNet, load_backbone, load_weights, split_choice
+from redoubt.nets import Backbone, OtherNet, load_backbone, load_weights
 from redoubt.runs.checkpoints import read_checkpoint
+from redoubt.runs.files import split_choice
 from redoubt.runs.identity import identity, plain
 from redoubt.runs.loading import CONSTANTS, constants, load, weights_hash
-from redoubt.runs.store import Run, Store, readable_name, reason
+from redoubt.runs.store import Run, Store, readable_name
 from redoubt.runs.twin import twin_config
 
 log = logging.getLogger("redoubt")
@@ -76,12 +78,7 @@ def starting_point(cfg: DictConfig, data: ImageData, fingerprint: str | None = N
 def _given(wanted: str, cfg: DictConfig, store: Store) -> Start:
     file, choice = split_choice(wanted)
     if not file.is_file():
-        if file.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
-            raise UserError("no such file: give auto, none, a run or a file of weights")
-        try:
-            run = store.find(wanted)
-        except UserError as error:
-            raise UserError(f"{reason(error, wanted)}; or give auto, none or a file of weights") from error
+        run = pretrained(wanted, store)
     else:
         run = Run(file.resolve().parent.parent)
         if choice or not run.exists() or file.resolve() != run.last.resolve():
