@@ -28,7 +28,8 @@ def options(group: str) -> list[str]:
     return found
 
 
-GRID = {group: options(group) for group in ("defense", "base", "model", "data")}
+#: data=folder is whatever it is given.
+GRID = {g: [o for o in options(g) if o != "folder"] for g in ("defense", "base", "model", "data")}
 DEFENSES, BASES, MODELS, DATA = GRID.values()
 
 #: The named terms of each base, and what a defense adds; a defense that is not here is only asked for finite ones.

@@ -188,6 +188,7 @@ DECIDING = [
     ("data.augment=crop_flip", ()),
     ("data.val_fraction=0.2", ()),
     ("data.limit_train=20", ()),
+    ("data.balanced=true", ("data.limit_train=15",)),
     ("data.seed=1", ()),
     ("data.image_size=16", ()),
     ("model=cnn_small", ("model.widths=[4,4,8,8]",)),
@@ -221,6 +222,7 @@ WATCHING = [
     ("validation.step=0.5", ("validation.steps=4", "validation.step=0.25")),
     ("validation.every=1", ("validation.steps=4", "validation.step=0.25")),
     ("data.probe=20", ("data.limit_train=24", "data.batch_size=8")),
+    ("data.limit_val=2", ("data.limit_train=24", "data.val_fraction=0.4")),
 ]
 
 
@@ -229,7 +231,7 @@ def test_watching_changes_the_metrics_and_not_the_weights(option: str, needs: tu
     before, after = seen(*needs), seen(*needs, option)
     assert after.trained_as(before)
     assert after.identity != before.identity
-    if option in ("validation.steps=2", "data.probe=20"):
+    if option in ("validation.steps=2", "data.probe=20", "data.limit_val=2"):
         assert after.metrics != before.metrics
 
 

@@ -35,7 +35,7 @@ def look(command: str, cfg: DictConfig, overrides: list[str]) -> None:
 def _train(cfg: DictConfig) -> None:
     if cfg.plan:
         return
-    if not cfg.trainer.fast_dev_run:
+    if not cfg.trainer.fast_dev_run and not Path(str(cfg.data.root), "val").is_dir():  # else a matter of the data
         best_wants_a_split(cfg)
     wanted = str(cfg.defense.get("pretrained"))
     if wanted.lower() in ("none", "auto") or split_choice(wanted)[0].is_file():

@@ -18,7 +18,7 @@ from redoubt import allowed, schema
 from redoubt.composed import checked
 from redoubt.errors import UserError
 from redoubt.secrets import from_environment
-from redoubt.units import as_number
+from redoubt.units import as_number, height_width
 
 #: The axes of the grid, each a config group.
 AXES = ("model", "defense", "base", "data", "attack")
@@ -42,7 +42,13 @@ def config_dir() -> str:
 
 def register_resolvers() -> None:
     """``${ratio:a,b}`` is a / b; ``${rounded:x,a,b}`` is b where x equals a, else x; ``${by_norm:norm,linf,l2}``."""
-    for name, function in (("ratio", _ratio), ("rounded", _rounded), ("by_norm", _by_norm), ("oc.env", _env)):
+    for name, function in (
+        ("ratio", _ratio),
+        ("rounded", _rounded),
+        ("by_norm", _by_norm),
+        ("oc.env", _env),
+        ("class_folders", _class_folders),
+    ):
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 
@@ -60,6 +66,20 @@ def _rounded(x: float | str, a: float | str, b: float | str) -> float | str:
 
 def _by_norm(norm: str, linf: float | str, l2: float | str) -> float | str:
     return l2 if norm == "l2" else linf
+
+
+def _class_folders(root: str) -> int:
+    """How many classes a folder of images has."""
+    for split in ("train", "test", "val"):
+        folder = Path(root).expanduser() / split
+        if folder.is_dir():
+            found = sum(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
+            if found < 2:
+                raise UserError(f"data.root={root}: {folder} has {found} class folders; it takes two or more")
+            return found
+    raise UserError(
+        f"data.root={root}: there is no folder {root}/train nor {root}/test; put images into one for each class"
+    )
 
 
 def _env(name: str, *default: Any) -> Any:
@@ -149,6 +169,8 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     try:
         tree = _container(cfg)
     except OmegaConfBaseException as error:
+        if (ours := _of_ours(error)) is not None:
+            raise ours from error
         raise UserError(explain(error, _failing(cfg))) from error
     assert isinstance(tree, dict)
     allowed.check({str(key): value for key, value in tree.items()}, search_path)
@@ -158,7 +180,16 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     if tree["evaluation"]["weights"] is None:
         tree["evaluation"]["weights"] = "student" if tree["ema"]["decay"] is None else "ema"
     _agree(tree)
+    if tree.get("axes", {}).get("data") == "folder":  # by which runs are called
+        tree["axes"]["folder"] = Path(tree["data"]["root"]).expanduser().resolve().name
     return tree
+
+
+def _of_ours(error: BaseException | None) -> UserError | None:
+    """What a resolver of ours has said, which OmegaConf wraps."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _container(cfg: DictConfig) -> Any:
@@ -205,14 +236,14 @@ def _agree(tree: dict[str, Any]) -> None:
     Raises:
         UserError: Names the keys.
     """
-    size = tree["data"]["image_size"]
+    height, width = height_width(tree["data"]["image_size"])
     for owner in ("threat", "inner", "attack"):
         section = tree[owner]
         norm = section.get("norm", tree["threat"]["norm"])
         if owner == "attack" and section["eps"] is None:  # corruptions
             continue
         eps = section["eps"] = as_number(section["eps"], f"{owner}.eps")
-        largest = 1.0 if norm == "linf" else (3.0 * size * size) ** 0.5
+        largest = 1.0 if norm == "linf" else (3.0 * height * width) ** 0.5
         if not 0.0 <= eps <= largest:
             raise UserError(
                 f"{owner}.eps={eps:g} is outside [0, {largest:.4g}], the range of {norm} distances between images "

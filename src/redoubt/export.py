@@ -23,6 +23,7 @@ from redoubt.errors import UserError
 from redoubt.runs.files import atomic
 from redoubt.runs.loading import load, portable_state
 from redoubt.runs.store import Run, Store
+from redoubt.units import height_width
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -65,7 +66,7 @@ def export(
     net = module.deployed().to(memory_format=torch.contiguous_format)
     facts = {**origin(run, net), "weights": module.weights, "checkpoint": checkpoint}
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.rand(n, 3, module.image_size, module.image_size, generator=generator) for n in (1, 5)]
+    batches = [torch.rand(n, 3, *height_width(module.image_size), generator=generator) for n in (1, 5)]
     with one_line(to):
         data = form.encode(net, batches[-1], facts)
     with atomic(file) as temporary:

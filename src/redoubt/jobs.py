@@ -21,7 +21,7 @@ from rich.console import Console
 import redoubt
 from redoubt import beforehand, config, deadline, launched
 from redoubt.build import build_data, build_module
-from redoubt.data import ImageData
+from redoubt.data import ImageData, Photos
 from redoubt.defenses import RobustModule
 from redoubt.errors import CheckFailed, UserError
 from redoubt.evaluation.audit import radius
@@ -169,7 +169,8 @@ def _check_evaluation(cfg: DictConfig, data: ImageData) -> None:
     chosen.members(data.num_classes)  # refuses what none of is defined
     if chosen.on_source and cfg.attack.get("source") not in (None, "auto"):
         running.transfer_source(cfg, data)
-    beforehand.best_wants_a_split(cfg)
+    if not data.validates:
+        beforehand.best_wants_a_split(cfg)
     if cfg.evaluation.beside:
         running.twin_config(cfg, defense="none", base=str(cfg.evaluation.beside))
 
@@ -210,10 +211,10 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         if cfg.rescore is not None:
             return _rescore(run, cfg, overrides)
         cfg = of_run(run.config(), cfg, overrides)
-        results = running.evaluate_run(cfg, _data(cfg), run)
+        results = running.evaluate_run(cfg, _data(cfg, only_test=True), run)
         _show([results], run.folder)
         return results
-    data = _data(cfg)
+    data = _data(cfg, only_test=True)
     module = build_module(cfg)
     load_backbone(module.net, str(cfg.checkpoint))
     file = split_choice(str(cfg.checkpoint))[0]
@@ -242,13 +243,14 @@ def audit(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     else:
         keys = cfg.audit
         cfg.compile = False
+        _normalisation(cfg, build_data(cfg))
         module, which = build_module(cfg), str(cfg.checkpoint)
         load_backbone(module.net, which)
         file = split_choice(which)[0]
         module.classes = classes_of(file)
         name, folder, weights_id = file.stem, Path(cfg.paths.outputs), _weights_id(module, cfg)
     radius(suite(plain(cfg.attack)))  # before the natural twin is trained
-    data = _data(cfg)
+    data = _data(cfg, only_test=True)
     facts = {"run": name, "checkpoint": which, "weights": str(cfg.evaluation.weights)}
     source = None
     if keys.source is not None:
@@ -282,8 +284,9 @@ def _rescore(run: Run, cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     cfg = of_run(run.config(), cfg, said)
     device = running.compute_device(cfg)
     module = load(run, checkpoint=results["checkpoint"], weights=results["weights"]).to(device)
+    data = _data(cfg, only_test=True)
     scores = rescore(
-        module, _data(cfg), folder, batch=int(cfg.evaluation.chunk), device=device, progress=bool(cfg.trainer.progress)
+        module, data, folder, batch=int(cfg.evaluation.chunk), device=device, progress=bool(cfg.trainer.progress)
     )
     console.print(rescored_table(scores, found[0]))
     wrong = objections(scores)
@@ -384,10 +387,21 @@ def export_run(cfg: DictConfig) -> None:
     print(export(str(cfg.run), str(cfg.to), **options), flush=True)
 
 
-def _data(cfg: DictConfig) -> ImageData:
+def _data(cfg: DictConfig, only_test: bool = False) -> ImageData:
     data = build_data(cfg)
-    data.prepare_data()
+    _normalisation(cfg, data)
+    data.prepare(*(("test",) if only_test else ("train", data.whole("val"), "test")))
     return data
+
+
+def _normalisation(cfg: DictConfig, data: ImageData) -> None:
+    """Fills in the mean and std of a folder's training images, where the net is to normalise by them."""
+    if not cfg.model.get("normalize") or cfg.data.mean is not None or not isinstance(data, Photos):
+        return
+    mean, std = data.statistics()
+    for section in ("data", "model"):
+        if OmegaConf.select(cfg, f"{section}.mean") is None:
+            OmegaConf.update(cfg, section, {"mean": mean, "std": std})
 
 
 def _show(results: list[dict[str, Any]], folder: Path | None) -> None:

@@ -21,6 +21,18 @@ class Free(dict[str, Kind]):
 _LENGTH: Kind = optional(number(0.0))
 _PLACES = {"outputs": text, "data": text}
 
+
+def _size(value: Any, key: str) -> Any:
+    """One number, or [height, width]; two that are equal are one."""
+    side = whole(1, 2048)
+    if not isinstance(value, list):
+        return side(value, key)
+    if len(value) != 2:
+        raise UserError(f"{key}={shown(value)}: it takes one number, or [height, width]")
+    height, width = (side(part, key) for part in value)
+    return height if height == width else [height, width]
+
+
 TRAIN: dict[str, Any] = {
     "threat": {"norm": one_of("linf", "l2"), "eps": number()},
     "inner": Built(norm=one_of("linf", "l2"), steps=whole(0), step=number(0.0)),
@@ -28,9 +40,7 @@ TRAIN: dict[str, Any] = {
     "base": Built(),
     "defense": Built(replace_head=optional(flag)),
     "model": Built(),
-    "data": Built(
-        root=name, batch_size=whole(2), num_classes=whole(2), image_size=whole(1, 2048), balanced=optional(flag)
-    ),
+    "data": Built(root=name, batch_size=whole(2), num_classes=whole(2), image_size=_size, balanced=optional(flag)),
     "optimizer": Built(lr=number(0.0), momentum=number(0.0), weight_decay=number(0.0), clip=optional(positive)),
     "schedule": Built(),
     "attack": Free(norm=one_of("linf", "l2"), ensemble=flag, bounded=flag, stochastic=flag, source=name),

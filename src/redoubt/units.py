@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from redoubt.errors import UserError, shown
@@ -30,6 +31,12 @@ def as_number(value: float | str, key: str) -> float:
     if not math.isfinite(number):
         raise UserError(f"{key}={shown(value)} is not a number: write it as 0.03 or as 8/255")
     return number
+
+
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Of images whose ``data.image_size`` is one number or [height, width]."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
 
 
 def as_whole(value: float | str, key: str, least: int | None = 1, most: int = 2**63 - 1) -> int:

@@ -15,7 +15,7 @@ from redoubt.data import CIFAR10, Batch, Digits, ImageData
 from redoubt.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
-NAMES = sorted(p.stem for p in CONF.glob("*.yaml"))
+NAMES = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "folder")
 
 
 def make(**options: Any) -> CIFAR10:

@@ -41,7 +41,7 @@ def test_layout_of_results_json(cell: Cell) -> None:
     assert json.loads((folder_of(run, results) / "results.json").read_text()) == results
     assert list(results) == [
         "run", "evaluation", "axes", "threat", "checkpoint", "weights", "n", "metrics", "nrr", "train_seconds",
-        "eval_seconds", "audited", "weights_id", "members", "evaluated", "audits", "audit_failed",
+        "eval_seconds", "audited", "weights_id", "members", "evaluated", "subset", "audits", "audit_failed",
     ]  # fmt: skip
     assert results["run"] == run.name
     assert results["evaluation"].startswith("fsr_suite-")

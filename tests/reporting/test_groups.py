@@ -133,7 +133,7 @@ def test_other_weights_and_fewer_images_are_other_protocols(outputs: Path) -> No
     (folder / "eval/damaged-3/results.json").write_text("{}")
     [record] = records(outputs)
     labels = {e.folder.name[-1]: groups.protocol(e).special for e in record.evaluations}
-    assert labels == {"0": "", "1": ", revision weights of last", "2": ", 10 images"}
+    assert labels == {"0": "", "1": ", revision weights of last", "2": ", 10 images, as many of each class"}
     assert len(groups.protocols([record])) == 3
 
 

@@ -3,6 +3,7 @@
 from redoubt.data.datasets import CIFAR10, CIFAR100, SVHN, Digits, TinyImageNet
 from redoubt.data.loader import Batch, EvalLoader, TrainLoader
 from redoubt.data.module import ImageData
+from redoubt.data.photos import Photos
 
 __all__ = [
     "CIFAR10",
@@ -12,6 +13,7 @@ __all__ = [
     "Digits",
     "EvalLoader",
     "ImageData",
+    "Photos",
     "TinyImageNet",
     "TrainLoader",
 ]

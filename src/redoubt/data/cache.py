@@ -103,7 +103,7 @@ def _open(source: Source, split: str, stem: Path) -> Decoded | None:
         labels = torch.tensor(about.labels, dtype=torch.int64)
     except (OSError, ValueError, TypeError, EOFError, RecursionError, RuntimeError):
         return None
-    shape = [len(labels), 3, source.image_size, source.image_size]
+    shape = [len(labels), 3, *source.shape]
     if list(images.shape) != shape or images.dtype != np.uint8 or not len(labels):
         return None
     if labels.min() < 0 or labels.max() >= source.num_classes:
@@ -118,7 +118,7 @@ def _decode(source: Source, split: str) -> Decoded:
     made: list[np.ndarray] = []
 
     def allocate(n: int) -> np.ndarray:
-        made.append(np.empty((n, 3, source.image_size, source.image_size), np.uint8))
+        made.append(np.empty((n, 3, *source.shape), np.uint8))
         return made[0]
 
     labels = _checked(source, split, source.decode(split, allocate))
@@ -135,7 +135,7 @@ def _build(source: Source, split: str, stem: Path) -> Decoded:
     made: list[np.ndarray] = []
 
     def allocate(n: int) -> np.ndarray:
-        made.append(_on_disk(images_part, (n, 3, source.image_size, source.image_size)))
+        made.append(_on_disk(images_part, (n, 3, *source.shape)))
         return made[0]
 
     try:

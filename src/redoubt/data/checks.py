@@ -21,14 +21,14 @@ LEAST = {
 }
 
 
-def check_options(*, source: str, val_fraction: float, mean: Any, std: Any, **numbers: int | None) -> None:
+def check_options(*, source: str, val_fraction: float, mean: Any, std: Any, **numbers: Any) -> None:
     """Raise for the first value that cannot be.
 
     Args:
         source: One of `SOURCES`.
         val_fraction: In [0, 1).
-        mean: Three numbers.
-        std: Three positive numbers.
+        mean: Three numbers, or None.
+        std: Three positive numbers, or None.
         numbers: Whole numbers with the names in `LEAST`; None where the option is off.
 
     Raises:
@@ -43,9 +43,15 @@ def check_options(*, source: str, val_fraction: float, mean: Any, std: Any, **nu
     for key, value in numbers.items():
         if value is None:
             continue
+        if key == "image_size" and isinstance(value, list | tuple):  # [height, width]
+            for side in value:
+                check_options(source=source, val_fraction=0, mean=None, std=None, image_size=side)
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < LEAST[key]:
             off = ", or null for all" if key.startswith("limit") else ""
             raise UserError(f"data.{key}={value}: it takes a whole number of {LEAST[key]} or more{off}")
     for key, channels in (("mean", mean), ("std", std)):
+        if channels is None:
+            continue
         if len(channels) != 3 or (key == "std" and min(channels) <= 0):
             raise UserError(f"data.{key}={list(channels)}: it takes three numbers, one per channel, std over 0")

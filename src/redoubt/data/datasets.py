@@ -100,5 +100,5 @@ class DigitsSource(Generated):
         out = allocate(len(rows))
         for i, row in enumerate(rows):
             gray = Image.fromarray(np.rint(digits.images[row] * (255 / 16)).astype(np.uint8))
-            out[i] = np.asarray(gray.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR))
+            out[i] = np.asarray(gray.resize(self.shape, Image.Resampling.BILINEAR))
         return digits.target[rows].astype(np.int64)

@@ -137,6 +137,8 @@ class Folder(Source):
 
     kind = "folder"
     version = 2
+    #: What else may help where a split is missing.
+    otherwise = ", point data.root at them, or set data.source=official"
 
     def __init__(self, **where: Any) -> None:
         super().__init__(**where)
@@ -154,8 +156,7 @@ class Folder(Source):
             where = f"{self.root}/{split}" + (f" nor {self.root}/val" if split == "test" else "")
             raise UserError(
                 f"data.root={self.root}: there is no folder {where}; put the images of {self.name} at"
-                f" {self.root}/{split}/<class>/*.png (or jpg, webp, bmp, tiff), point data.root at them, or set"
-                " data.source=official"
+                f" {self.root}/{split}/<class>/*.png (or jpg, webp, bmp, tiff){self.otherwise}"
             )
 
     def decode(self, split: str, allocate: Allocate) -> np.ndarray:
@@ -169,7 +170,7 @@ class Folder(Source):
         return None if folder is None else class_folders(folder)
 
     def _folder(self, split: str) -> Path | None:
-        for name in ("train",) if split == "train" else ("test", "val"):
+        for name in ("test", "val") if split == "test" else (split,):
             if (self.root / name).is_dir():
                 return self.root / name
         return None

@@ -34,11 +34,6 @@ def said(line: str) -> None:
     log.info(line)
 
 
-def _whole(split: str) -> str:
-    """The decoded split that a subset's rows are of."""
-    return "test" if split == "test" else "train"
-
-
 class ImageData(LightningDataModule):
     """Images of one data set, each split one uint8 tensor.
 
@@ -50,7 +45,7 @@ class ImageData(LightningDataModule):
         root: Folder of the data.
         source: ``official`` files (downloaded where missing), a ``folder`` of images, or ``fake`` images.
         num_classes: Number of classes K; labels are ``0 .. K - 1``.
-        image_size: Height and width in pixels.
+        image_size: Height and width in pixels, where they differ [height, width].
         mean: Mean of each channel over the training images, in [0, 1]; for the nets' first layer.
         std: Standard deviation likewise.
         batch_size: Images of the *global* batch, divided over the processes.
@@ -84,9 +79,9 @@ class ImageData(LightningDataModule):
         root: str,
         source: str,
         num_classes: int,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        image_size: int | Sequence[int],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
         batch_size: int = 128,
         augment: str | None = None,
         val_fraction: float = 0.0,
@@ -112,15 +107,15 @@ class ImageData(LightningDataModule):
             limit_test=limit_test,
             limit_val=limit_val,
         )
-        if limit_val is not None and not val_fraction:
-            raise UserError(f"data.limit_val={limit_val} limits the validation split: set data.val_fraction too")
         self.root, self.source = Path(root).expanduser(), source
         self.num_classes, self.image_size = num_classes, image_size
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.mean, self.std = mean, std
         self.batch_size, self.augment = batch_size, resolve(augment)
         self.val_fraction, self.limit_train, self.limit_test = val_fraction, limit_train, limit_test
         self.limit_val, self.balanced = limit_val, bool(balanced)
         self.verify, self.seed, self.probe = verify, seed, probe
+        if limit_val is not None and not self.validates:
+            raise UserError(f"data.limit_val={limit_val} limits the validation split: set data.val_fraction too")
         self._device: torch.device | None = None
         self._decoded: dict[str, Decoded] = {}
         self._moved: dict[str, tuple[Tensor, Tensor]] = {}
@@ -147,8 +142,17 @@ class ImageData(LightningDataModule):
         source = self._source()
         return source.downloads and not any(True for _ in source.entries("train"))
 
+    def whole(self, split: str) -> str:
+        """The decoded split that a subset's rows are of."""
+        return "test" if split == "test" else "train"
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split."""
+        return self.val_fraction > 0
+
     def _split(self, split: str) -> Decoded:
-        """All of "train" or "test", before limits."""
+        """All of "train" or "test" (or a "val" of its own), before limits."""
         if split not in self._decoded:
             self._decoded[split] = load(self._source(), split)
         return self._decoded[split]
@@ -157,7 +161,11 @@ class ImageData(LightningDataModule):
         """Download and decode into the cache. Only the test split where the trainer does nothing but test."""
         trainer = self.trainer
         only_test = trainer is not None and (trainer.testing or trainer.predicting)
-        for split in ("test",) if only_test else ("train", "test"):
+        self.prepare(*(("test",) if only_test else ("train", self.whole("val"), "test")))
+
+    def prepare(self, *splits: str) -> None:
+        """Downloads and decodes some splits into the cache."""
+        for split in splits:
             self._split(split)
 
     def setup(self, stage: str | None = None) -> None:
@@ -218,7 +226,7 @@ class ImageData(LightningDataModule):
         return self._rows[split]
 
     def _choose(self, split: str) -> Tensor | None:
-        labels = self._split(_whole(split)).labels
+        labels = self._split(self.whole(split)).labels
         if split == "test":
             if self.limit_test is None:
                 return None
@@ -256,13 +264,13 @@ class ImageData(LightningDataModule):
 
         On the CPU: the decoded tensor itself where nothing is split off or limited, else a copy of the rows.
         """
-        whole, rows = self._split(_whole(split)), self.index(split)
+        whole, rows = self._split(self.whole(split)), self.index(split)
         return (whole.images, whole.labels) if rows is None else (whole.images[rows], whole.labels[rows])
 
     @property
     def probe_name(self) -> str:
         """What `val_dataloader` gives: "val", or "train_probe" where there is no validation split."""
-        return "val" if self.val_fraction > 0 else "train_probe"
+        return "val" if self.validates else "train_probe"
 
     @property
     def train_size(self) -> int:
@@ -312,7 +320,7 @@ class ImageData(LightningDataModule):
 
     def _eval_loader(self, split: str) -> EvalLoader:
         device, rank, world_size = self._place()
-        images, labels = self._on(_whole(split), device)
+        images, labels = self._on(self.whole(split), device)
         return EvalLoader(
             images=images,
             labels=labels,

@@ -73,7 +73,7 @@ class Official(Source):
 
     def check_size(self, images: tuple[int, int]) -> None:
         """Raise where ``data.image_size`` is not what the files hold."""
-        if images != (self.image_size, self.image_size):
+        if images != self.shape:
             height, width = images
             raise UserError(
                 f"data.image_size={self.image_size}, but the images of {self.name} have {height} x {width}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from redoubt.rng import generator
+from redoubt.units import height_width
 
 #: Gives the uint8 array ``[n, 3, H, W]`` that a source fills; on disk or in memory, the source does not know.
 Allocate = Callable[[int], np.ndarray]
@@ -24,7 +25,7 @@ class Source(ABC):
         name: Of the data set, as ``"cifar10"``.
         root: Folder that holds the files.
         num_classes: Labels are ``0 .. num_classes - 1``.
-        image_size: Height and width in pixels.
+        image_size: Height and width in pixels, where they differ [height, width].
     """
 
     kind: str
@@ -35,9 +36,10 @@ class Source(ABC):
     #: Whether `fetch` can get what is missing.
     downloads = False
 
-    def __init__(self, *, name: str, root: Path, num_classes: int, image_size: int) -> None:
+    def __init__(self, *, name: str, root: Path, num_classes: int, image_size: int | Sequence[int]) -> None:
         self.name, self.root = name, root
         self.num_classes, self.image_size = num_classes, image_size
+        self.shape = height_width(image_size)
 
     @abstractmethod
     def entries(self, split: str) -> Iterable[tuple[str, int, int]]:
@@ -113,12 +115,11 @@ class Fake(Generated):
 
     def decode(self, split: str, allocate: Allocate) -> np.ndarray:
         n = max(4 * self.num_classes, 512) // (1 if split == "train" else 2)
-        size = self.image_size
         blocks = torch.randint(0, 128, (self.num_classes, 3, 4, 4), generator=generator(0, "fake-classes"))
-        near = torch.arange(size) * 4 // size
-        patterns = blocks.to(torch.uint8)[:, :, near][..., near]
+        down, right = (torch.arange(size) * 4 // size for size in self.shape)
+        patterns = blocks.to(torch.uint8)[:, :, down][..., right]
         numbers = generator(0, f"fake-{split}")
-        noise = torch.randint(0, 128, (n, 3, size, size), generator=numbers, dtype=torch.uint8)
+        noise = torch.randint(0, 128, (n, 3, *self.shape), generator=numbers, dtype=torch.uint8)
         labels = torch.arange(n) % self.num_classes
         allocate(n)[:] = (patterns[labels] + noise).numpy()
         return labels.numpy()

@@ -52,7 +52,7 @@ def proportional_order(labels: Tensor, numbers: torch.Generator) -> Tensor:
 def largest_remainders(counts: Tensor, n: int) -> Tensor:
     """Of classes with these counts, how many of each are n in proportion: whole shares, then the largest remainders.
 
-    A class keeps one member at least, where it has two or more to be chosen among.
+    Of the remainders those of classes that would keep a member come first.
     """
     total = int(counts.sum())
     shares, rest = counts * n // total, counts * n % total
@@ -74,13 +74,13 @@ def proportional_split(labels: Tensor, fraction: float, numbers: torch.Generator
         Two ascending int64 tensors, together all rows.
 
     Raises:
-        UserError: A class would keep no image, or not one image would be split off.
+        UserError: A class of several images would keep none, or not one image would be split off.
     """
     counts, n = labels.bincount(), round(fraction * len(labels))
     if not n:
         raise UserError(f"data.val_fraction={fraction} is not one of {len(labels)} images; raise it or set it to 0")
     take = largest_remainders(counts, n)
-    lost = ((take >= counts) & (counts > 0)).nonzero()
+    lost = ((take >= counts) & (counts > 1)).nonzero()
     if len(lost):
         raise UserError(
             f"data.val_fraction={fraction} leaves class {int(lost[0])} without a training image (it has"

@@ -14,7 +14,7 @@ from redoubt.defenses.module import RobustModule
 from redoubt.errors import UserError
 from redoubt.nets import attack_mode
 from redoubt.objectives.base import wrong_label
-from redoubt.units import as_number
+from redoubt.units import as_number, height_width
 
 TINY = 1e-8  # the authors' constant inside every logarithm
 
@@ -130,7 +130,7 @@ class FSR(RobustModule):
         *,
         net: nn.Module,
         num_classes: int,
-        image_size: int,
+        image_size: int | Sequence[int],
         at: str | Sequence[str] | None = None,
         lambda_sep: float = 1.0,
         lambda_rec: float = 1.0,
@@ -221,7 +221,9 @@ class FSR(RobustModule):
         }
 
 
-def map_shapes(net: nn.Module, names: Sequence[str], image_size: int) -> dict[str, tuple[int, int, int]]:
+def map_shapes(
+    net: nn.Module, names: Sequence[str], image_size: int | Sequence[int]
+) -> dict[str, tuple[int, int, int]]:
     """(C, H, W) of the named submodules' outputs, by a dry run on one black image that leaves no trace."""
     modules = dict(net.named_modules())
     for name in names:
@@ -246,7 +248,7 @@ def map_shapes(net: nn.Module, names: Sequence[str], image_size: int) -> dict[st
     handles = [modules[name].register_forward_hook(note(name)) for name in names]
     try:
         with attack_mode(net), torch.no_grad():
-            net(torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device))
+            net(torch.zeros(1, 3, *height_width(image_size), device=next(net.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()

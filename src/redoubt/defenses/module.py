@@ -76,7 +76,7 @@ class RobustModule(LightningModule):
         schedule: Schedule,
         validation: PGD,
         num_classes: int,
-        image_size: int,
+        image_size: int | Sequence[int],
         seed: int = 0,
         clip: float | None = None,
         accumulate: int = 1,

@@ -23,7 +23,7 @@ from redoubt.evaluation.results import accuracies, nrr, read_results
 from redoubt.evaluation.suite import Suite, suite
 from redoubt.evaluation.verdicts import Judge
 from redoubt.runs.files import write_bytes, write_json
-from redoubt.runs.identity import digest
+from redoubt.runs.identity import canonical, digest
 from redoubt.training.distributed import broadcast, ranks, same
 
 
@@ -95,7 +95,7 @@ def evaluate(
         chosen = chosen.crafted_on(on.identity)
     images, labels = (t[:limit] for t in data.test_for(module.classes))
     for key, own in (("num_classes", module.num_classes), ("image_size", module.image_size)):
-        if getattr(data, key) != own:
+        if canonical({"": getattr(data, key)}) != canonical({"": own}):
             raise UserError(f"data.{key}={getattr(data, key)}, but the net was made for {own}: leave it as it was")
     common = {
         "chunk": options["chunk"],
@@ -223,7 +223,7 @@ def _write(
             "attack": tree["attack"],
             "evaluation": tree["evaluation"],
             "limit_test": data.limit_test,
-            "subset": data.subset,
+            **({"subset": data.subset} if data.subset else {}),
             "kept": kept,
         },
     )

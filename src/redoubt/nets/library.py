@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from redoubt.errors import UserError
 from redoubt.nets.base import Backbone
 from redoubt.nets.mode import attack_mode
+from redoubt.units import height_width
 
 
 class LibraryNet(Backbone):
@@ -31,7 +32,7 @@ class LibraryNet(Backbone):
         self.model = model
         self.feature_layer = ""
 
-    def examine(self, name: str, image_size: int) -> None:
+    def examine(self, name: str, image_size: int | Sequence[int]) -> None:
         """Sets `feature_layer` and checks the net on one image.
 
         Raises:
@@ -39,14 +40,15 @@ class LibraryNet(Backbone):
                 features.
         """
         device = next(self.model.parameters()).device
-        x = torch.linspace(0, 1, 3 * image_size**2, device=device).view(1, 3, image_size, image_size)
+        height, width = height_width(image_size)
+        x = torch.linspace(0, 1, 3 * height * width, device=device).view(1, 3, height, width)
         with attack_mode(self), torch.no_grad():
             try:
                 reference = self.model(self.normalize(x))
             except (RuntimeError, AssertionError, ValueError) as error:
                 cause = " ".join(str(error).split())[:120]
                 raise UserError(
-                    f"model.name={name} cannot take {image_size}x{image_size} images ({cause}): choose "
+                    f"model.name={name} cannot take {height}x{width} images ({cause}): choose "
                     "another net or a larger data.image_size"
                 ) from error
             try:

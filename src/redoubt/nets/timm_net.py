@@ -34,7 +34,7 @@ class Timm(LibraryNet):
         *,
         name: str,
         num_classes: int,
-        image_size: int,
+        image_size: int | Sequence[int],
         pretrained: bool = False,
         normalize: bool = False,
         mean: Sequence[float] | None = None,
@@ -59,7 +59,7 @@ class Timm(LibraryNet):
         return self.model.get_classifier()
 
 
-def _create(name: str, *, num_classes: int, image_size: int, pretrained: bool) -> Any:
+def _create(name: str, *, num_classes: int, image_size: int | Sequence[int], pretrained: bool) -> Any:
     """timm's net; a net of fixed input size (ViT) is told ours."""
     try:
         import timm
@@ -71,7 +71,7 @@ def _create(name: str, *, num_classes: int, image_size: int, pretrained: bool) -
             raise unknown("timm", name, timm.list_models())
         published = timm.get_pretrained_cfg(name)
         if published is not None and published.fixed_input_size:
-            more["img_size"] = image_size
+            more["img_size"] = image_size if isinstance(image_size, int) else tuple(image_size)
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **more)
     except Exception as error:  # unknown tag, no network, no weights, another image size: many classes

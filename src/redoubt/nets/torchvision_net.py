@@ -37,7 +37,7 @@ class TorchVision(LibraryNet):
         *,
         name: str,
         num_classes: int,
-        image_size: int,
+        image_size: int | Sequence[int],
         normalize: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,

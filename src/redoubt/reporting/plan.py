@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -20,7 +21,7 @@ from redoubt.runs.identity import identity
 from redoubt.runs.start import starting_point
 from redoubt.runs.store import readable_name
 from redoubt.training.trainer import accelerator, check_machine, device_name, devices
-from redoubt.units import clock
+from redoubt.units import clock, height_width
 
 #: Images of the measured step: enough to keep the device busy, few enough to answer in seconds.
 IMAGES = {"cpu": 8, "gpu": 64}
@@ -50,7 +51,8 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
     frozen = sum(p.numel() for p in module.parameters()) - weights
     copies = 3 + (module.ema is not None)  # weights, gradients, momentum, average
     at_once = -(-batch // (world * int(cfg.trainer.accumulate)))
-    memory = 4 * (weights * copies + frozen) + activations * at_once / n + train * 3 * data.image_size**2
+    images = train * 3 * math.prod(height_width(data.image_size))
+    memory = 4 * (weights * copies + frozen) + activations * at_once / n + images
     epochs = int(cfg.trainer.max_epochs) - (origin.epochs if origin else 0)
     beside = (start.identity if start else None, origin.run.hash if origin else None)
     epoch = seconds / n * train / world

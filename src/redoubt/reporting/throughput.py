@@ -9,6 +9,7 @@ from typing import Any
 
 from redoubt.reporting.collect import Record
 from redoubt.runs.files import read_json
+from redoubt.units import height_width
 
 #: Keys that change the speed of a step; runs that share them with what is planned come first.
 SPEED = (("trainer", "precision"), ("trainer", "accumulate"), ("compile",), ("channels_last",))
@@ -50,7 +51,7 @@ def measured(cfg: Mapping[str, Any], records: Iterable[Record]) -> Throughput | 
 
 def _kind(cfg: Mapping[str, Any]) -> tuple[Any, ...]:
     axes = tuple(cfg["axes"][axis] for axis in ("model", "defense", "base"))
-    return *axes, int(cfg["data"]["image_size"]), int(cfg["inner"]["steps"])
+    return *axes, height_width(cfg["data"]["image_size"]), int(cfg["inner"]["steps"])
 
 
 def _devices(cfg: Mapping[str, Any]) -> int:

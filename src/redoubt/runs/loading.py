@@ -108,7 +108,10 @@ def _exported(file: Path) -> RobustModule:
             if facts[name] is not None:
                 cfg[name] = {**facts[name], "_target_": facts[name]["_target_"]}
         for name, key in (("data", "num_classes"), ("data", "image_size"), ("threat", "norm"), ("threat", "eps")):
-            if isinstance(facts[name][key], list | dict):
+            size = key == "image_size" and isinstance(facts[name][key], list)
+            if isinstance(facts[name][key], list | dict) and not (
+                size and [type(s) for s in facts[name][key]] == [int] * 2
+            ):
                 raise TypeError(key)
             cfg[name][key] = facts[name][key]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:

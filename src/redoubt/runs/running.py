@@ -24,7 +24,7 @@ from redoubt.reporting.wandb_log import log_evaluation
 from redoubt.runs.checkpoints import checksum_file, newest, strip
 from redoubt.runs.extending import Origin, nearest
 from redoubt.runs.files import read_rows, split_choice, write_json
-from redoubt.runs.identity import decides, differences, identity, plain
+from redoubt.runs.identity import canonical, decides, differences, identity, plain
 from redoubt.runs.loading import classes_of, is_exported, load, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name, reason
@@ -143,7 +143,7 @@ def _fit(
     module = module or build_module(cfg)
     module.classes = data.classes("train")
     best: tuple[str, ...] = ()
-    if data.val_fraction > 0:
+    if data.validates:
         clean, robust = "val/clean", f"val/pgd{cfg.validation.steps}"
         best = (clean,) if cfg.axes.base == "standard" else (robust, clean)
     facts = facts_of(cfg, data, start, origin)
@@ -214,6 +214,7 @@ def evaluate_run(cfg: DictConfig, data: ImageData, run: Run) -> dict[str, Any]:
         "run": run.name,
         "axes": {
             **{k: stored["axes"][k] for k in ("model", "defense", "base", "data")},
+            **({"data": stored["axes"]["folder"]} if "folder" in stored["axes"] else {}),
             "attack": cfg.axes.attack,
             "seed": stored["seed"],
         },
@@ -269,7 +270,7 @@ def transfer_source(cfg: DictConfig, data: ImageData, wanted: str | None = None,
     except UserError as error:
         raise UserError(f"{key}={wanted}: {reason(error, wanted)}") from error
     for name, own in (("num_classes", data.num_classes), ("image_size", data.image_size)):
-        if getattr(module, name) != own:
+        if canonical({"": getattr(module, name)}) != canonical({"": own}):
             raise UserError(f"{key}={wanted}: its {name} is {getattr(module, name)}, the data's {own}")
     data.places(module.classes, f"{key}={wanted}")
     return Source(module.eval(), weights_hash(module))

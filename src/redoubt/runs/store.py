@@ -37,7 +37,8 @@ REMOVED = ".removed-"
 
 def readable_name(axes: Mapping[str, Any], seed: int) -> str:
     """``fsr-trades-resnet18-svhn-s0``: the cell of the grid as a name for people and file systems."""
-    parts = [re.sub(r"[^\w.+]+", "_", str(axes[axis])) for axis in ("defense", "base", "model", "data")]
+    named = {**axes, "data": axes.get("folder") or axes["data"]}
+    parts = [re.sub(r"[^\w.+]+", "_", str(named[axis])) for axis in ("defense", "base", "model", "data")]
     return "-".join([*parts, f"s{seed}"])
 
 
