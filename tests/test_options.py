@@ -188,7 +188,7 @@ DECIDING = [
     ("data.augment=crop_flip", ()),
     ("data.val_fraction=0.2", ()),
     ("data.limit_train=20", ()),
-    ("data.balanced=true", ("data.limit_train=15",)),
+    ("data.balanced=true", ("data.limit_train=15", "data.source=official")),
     ("data.seed=1", ()),
     ("data.image_size=16", ()),
     ("model=cnn_small", ("model.widths=[4,4,8,8]",)),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.conftest import Shell, forget
+from tests.data import datafiles
 
 from redoubt import config
 from redoubt.runs.files import read_rows
@@ -34,6 +35,8 @@ AUDIT = (
     "audit.eps_curve.steps=1", "audit.iterations_curve.steps=[1,2]", "audit.black_box.queries=2",
     "audit.adaptive.steps=1", "audit.finite_differences.directions=1", "natural.trainer.max_epochs=1",
 )  # fmt: skip
+#: A folder of the user's whose classes are counted.
+PHOTOS = "data.root=/path/to/photos"
 #: Of the user's, where the README says `run=...`.
 OWN = re.compile(r"^(run|to|rescore|paths\.outputs|data\.root|defense\.pretrained|checkpoint|sweep|a|b|runs)=")
 
@@ -94,8 +97,15 @@ def test_targets_files_and_extras_exist() -> None:
         assert set(names.split(",")) <= extras
 
 
+@pytest.fixture
+def photos(tmp_path: Path) -> str:
+    """A folder of images, where the README has `PHOTOS`."""
+    datafiles.folder(tmp_path / "photos")
+    return str(tmp_path / "photos")
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "audit", "export"])
-def test_they_compose(command: str) -> None:
+def test_they_compose(command: str, photos: str) -> None:
     from hydra_plugins.redoubt_sweeper import expand, parsed
 
     assert of(command)
@@ -103,6 +113,7 @@ def test_they_compose(command: str) -> None:
         words = [w for w in line.words if w not in ("-m", "--multirun") and not w.startswith(("hydra/", "hydra."))]
         if "--config-dir" in words:  # the user's own: test_cli.py
             continue
+        words = [f"data.root={photos}" if w == PHOTOS else w for w in words]
         for word in words:
             assert "=" in word, (line, word)
         searched = [w for w in words if "interval(" in w]
@@ -140,9 +151,10 @@ def own_words(line: Line) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [x for x in of("train") if not x.composed_only], ids=ids)
-def test_training_runs(shell: Shell, line: Line) -> None:
+def test_training_runs(shell: Shell, line: Line, photos: str) -> None:
     mine = ("--config-dir", "my/", "defense=mine", "trainer", "data.limit", "data.source", "hydra", "-sc", "install=")
     words = [w for w in own_words(line) if not w.startswith(mine)]
+    words += [f"data.root={photos}"] * (PHOTOS in line.words)
     flags = [w for w in words if w == "-m"]
     named = {w.split("=")[0] for w in words}
     tiny = [w for w in TINY if w.split("=")[0].split(".")[0] not in named and "experiment" not in named]

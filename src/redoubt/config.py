@@ -196,7 +196,10 @@ def _container(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException:
-        missing = OmegaConf.missing_keys(cfg)
+        try:
+            missing = OmegaConf.missing_keys(cfg)
+        except OmegaConfBaseException:  # a resolver wants what is missing
+            missing = {"data.root"} if OmegaConf.is_missing(cfg.data, "root") else set()
         if missing:
             raise UserError(f"{sorted(missing)[0]} is missing: give it on the command line") from None
         raise
