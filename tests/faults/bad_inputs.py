@@ -598,7 +598,7 @@ STORED = [
     case(f"eval {RUN} seed=1", "seed", "run's own"),
     case(f"eval {RUN} data=svhn", "data", "run's own"),
     case(f"eval {RUN} data.image_size=16", "data.image_size=16", "8"),
-    case(f"eval {RUN} data.source=folder", "data.root", "train"),
+    case(f"eval {RUN} data.source=folder", "data.root", "test"),
     case(f"eval {RUN} attack.eps=7", "attack.eps=7"),
     case(f"eval {RUN} evaluation.checkpoint=best", "best.ckpt", "take last"),
     case(f"eval {RUN} evaluation.weights=ema", "evaluation.weights='ema'"),
