@@ -35,46 +35,34 @@ def old(tmp_path: Path, shell: Shell) -> Path:
     return folder
 
 
-#: Of the record of a sweep's cell, the answer.
-CELL = ("overrides", "evaluations", "state", "run", "results")
-
-
 def run_named(folder: Path, begin: str) -> Path:
     (found,) = (folder / "outputs/runs").glob(f"{begin}-*")
     return found
 
 
 def contents(folders: Iterable[Path]) -> dict[Path, bytes]:
-    """Every file's bytes; of a sweep's cell what became of it: with other configs it is looked at anew."""
+    """Every file's bytes; of a sweep's cell its answer: once a file of ``conf/`` has changed it is looked at anew."""
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     found = {file: file.read_bytes() for file in files if not file.name.endswith(".lock")}
     for file in found:
         if file.parent.name == "cells":
             record = json.loads(found[file])
-            found[file] = json.dumps([record[key] for key in CELL]).encode()
-    return found
-
-
-def answers(outputs: Path) -> dict[Path, Any]:
-    """Its contents; of a sweep's cell, which is looked at anew once a file of ``conf/`` has changed, the answer."""
-    found: dict[Path, Any] = dict(contents([outputs]))
-    for file in outputs.glob("sweeps/*/cells/*.json"):
-        record = json.loads(found[file])
-        found[file] = {key: record[key] for key in ("overrides", "evaluations", "state", "run", "results")}
+            answer = [record[key] for key in ("overrides", "evaluations", "state", "run")]
+            found[file] = json.dumps([answer, [(r["evaluation"], r["metrics"]) for r in record["results"]]]).encode()
     return found
 
 
 def test_every_command_is_answered(old: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run and evaluation has the name that it had: nothing is trained, attacked or changed."""
     monkeypatch.setattr(WhiteBox, "__call__", lambda *_: pytest.fail("attacks"))
-    before = answers(old / "outputs")
+    before = contents([old / "outputs"])
     for words in TRAIN.values():
         ended = shell("train", *words)
         assert (ended.code, "training" in ended.err) == (0, False), ended.err
     for command in (("train", *SWEEP), ("eval", *EVALUATION)):
         ended = shell(*command)
         assert (ended.code, "training" in ended.err) == (0, False), ended.err
-    assert answers(old / "outputs") == before
+    assert contents([old / "outputs"]) == before
 
 
 def test_every_run_is_listed(old: Path, shell: Shell) -> None:
@@ -163,7 +151,7 @@ def test_everything_is_reported(old: Path, shell: Shell) -> None:
 
 @pytest.mark.slow
 def test_everything_is_plotted(old: Path, shell: Shell) -> None:
-    assert shell("report", "plot").code == 0
+    assert shell("report", "plot", "figure=all").code == 0
     drawn = [file.name for file in old.rglob("*.png") if "audit" not in file.parts]
     assert all(any(name in file for file in drawn) for name in NAMES if name.startswith(tuple(TRAIN))), drawn
 

@@ -71,12 +71,12 @@ def table(sweep: Sweep, cells: Sequence[tuple[list[str], dict[str, Any]]]) -> Ta
 
 def _outcome(sweep: Sweep, record: Mapping[str, Any]) -> str:
     if record["state"] == "done":
-        run = Run(sweep.outputs / "runs" / str(record["run"]))
+        run = Run(sweep.outputs / "runs" / str(record.get("run")))
         stored = {folder.name: (folder, results) for folder, results in run.evaluations()}  # as they are read now
-        found = [(own, stored[name]) for own, r in _named(record) if (name := r.get("evaluation")) in stored]
-        if not found:
-            return ""
-        found.insert(0, found.pop(standing([entry for _, entry in found], run.config()) or 0))
+        named_so = [(own, str(r.get("evaluation")), r) for own, r in _named(record) if "metrics" in r]
+        found = [(own, stored.get(name, (run.eval / name, r))) for own, name, r in named_so]
+        if len(found) > 1 and run.exists():
+            found.insert(0, found.pop(standing([entry for _, entry in found], run.config()) or 0))
         return "\n".join(f"{own} {_accuracies(results)}".strip() for own, (_, results) in found)
     if record["state"] == "running":
         return f"process {record['pid']} on {record['host']}, since {record['started']}"
