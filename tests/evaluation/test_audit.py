@@ -69,9 +69,9 @@ def outputs_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(outputs_of_all: Path) -> tuple[DictConfig, Any, Run]:
     """PGD-AT on real digits, enough of it that about half of the images stand at eps 0.1."""
-    overrides = [*SMALL, "data.balanced=true", "trainer.max_epochs=5", "threat.eps=0.1", "inner.steps=1", "optimizer=adamw",
-                 "optimizer.lr=0.01", "schedule=onecycle", "data.batch_size=32", "natural.trainer.max_epochs=1",
-                 f"paths.outputs={outputs_of_all}"]  # fmt: skip
+    overrides = [*SMALL, "data.balanced=true", "trainer.max_epochs=5", "threat.eps=0.1", "inner.steps=1",
+                 "optimizer=adamw", "optimizer.lr=0.01", "schedule=onecycle", "data.batch_size=32",
+                 "natural.trainer.max_epochs=1", f"paths.outputs={outputs_of_all}"]  # fmt: skip
     cfg = config.resolve(config.compose(overrides))
     data = build_data(cfg)
     return cfg, data, running.train(cfg, data)
