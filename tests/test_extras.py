@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -23,14 +24,23 @@ EXTRAS = PROJECT["project"]["optional-dependencies"]
 AT_LEAST = {"requests": "2.33", "urllib3": "2.7"}
 
 
+@functools.cache
+def requirements(package: str) -> list[Requirement]:
+    return [Requirement(text) for text in metadata.requires(package) or []]
+
+
+@functools.cache
+def version(package: str) -> str:
+    return metadata.version(package)
+
+
 def needed(requirement: Requirement, asked: set[tuple[str, frozenset[str]]]) -> Iterator[tuple[str, Requirement]]:
     """(who, what) of a requirement and of all that it needs, as far as it is installed here."""
     key = canonicalize_name(requirement.name), frozenset(requirement.extras)
     if key in asked:
         return
     asked.add(key)
-    for text in metadata.requires(requirement.name) or []:
-        further = Requirement(text)
+    for further in requirements(requirement.name):
         extras = ("", *requirement.extras)
         if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
             yield requirement.name, further
@@ -43,13 +53,13 @@ def test_nothing_in_an_extra_asks_for_another_release_than_the_locked_one(extra:
     for text in (*PROJECT["project"]["dependencies"], *EXTRAS[extra]):
         ours = Requirement(text)
         for who, what in [("redoubt", ours), *needed(ours, set())]:
-            version = metadata.version(what.name)
-            assert what.specifier.contains(version, prereleases=True), f"{who} needs {what}, locked is {version}"
+            locked = version(what.name)
+            assert what.specifier.contains(locked, prereleases=True), f"{who} needs {what}, locked is {locked}"
 
 
 def test_what_is_locked_has_no_known_holes() -> None:
     for package, least in AT_LEAST.items():
-        assert Version(metadata.version(package)) >= Version(least)
+        assert Version(version(package)) >= Version(least)
 
 
 @pytest.mark.slow
