@@ -130,6 +130,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
     if cfg.plan:
         from redoubt.reporting.plan import show_plan
 
+        _normalisation(cfg, build_data(cfg))
         show_plan(cfg, console)
         return []
     if cfg.trainer.fast_dev_run:

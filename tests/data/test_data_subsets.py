@@ -40,6 +40,18 @@ def test_every_beginning_of_the_order_is_in_proportion():
     assert few[proportional_order(few, generator(0, "x"))[:40]].bincount().tolist() == [36, 4]
 
 
+def test_many_small_classes_come_in_one_after_the_other():
+    long_tail = torch.cat([torch.zeros(40, dtype=torch.int64), torch.arange(1, 21).repeat(2)])
+    orders = [proportional_order(long_tail, generator(seed, "x")) for seed in range(3)]
+    for order in orders:
+        for n in (8, 10, 20, 60):
+            assert abs(int((long_tail[order[:n]] == 0).sum()) - n / 2) <= 1
+    equal = torch.arange(100).repeat(3)
+    first, second = (set(equal[proportional_order(equal, generator(s, "x"))[:50]].tolist()) for s in (0, 1))
+    assert len(first) == len(second) == 50
+    assert first != second
+
+
 def by_hand(counts, n):
     """Hamilton's apportionment in exact fractions."""
     quotas = [Fraction(n * c, sum(counts)) for c in counts]

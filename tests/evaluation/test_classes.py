@@ -54,6 +54,8 @@ def test_published_names():
         (["1", "2", "10"], ["1", "10", "2"], [0, 2, 1]),
         (["a", "b"], ["b", "a"], [1, 0]),
         (["a", "b"], ["a", "b"], None),
+        (["01", "1", "2"], ["01", "1", "2"], None),  # two names of one number are two classes
+        (["1", "01", "2"], ["01", "1", "2"], [1, 0, 2]),
     ],
 )
 def test_places_of_names(found, wanted, expected):
@@ -67,6 +69,7 @@ def test_places_of_names(found, wanted, expected):
         (["0", "1"], ["1", "2"], "0 against 2"),
         (["01", "x"], ["1", "x"], "01 against 1"),
         (["cat", "cow", "dog"], ["cat", "dog"], "cow against"),
+        (["01", "1"], ["1", "2"], "have other classes"),
     ],
 )
 def test_other_names_are_refused(found, wanted, says):

@@ -47,9 +47,9 @@ def places(found: Sequence[str], wanted: Sequence[str], owners: tuple[str, str])
     Raises:
         UserError: One list has names that the other has not.
     """
-    if are_numbers(found) and are_numbers(wanted):
+    if are_numbers(found) and are_numbers(wanted) and set(found) != set(wanted):
         found, wanted = [str(int(name)) for name in found], [str(int(name)) for name in wanted]
-    if set(found) != set(wanted) or len(found) != len(wanted):
+    if set(found) != set(wanted) or not len(found) == len(wanted) == len(set(found)):
         only = [sorted(set(a) - set(b)) or list(a) for a, b in ((found, wanted), (wanted, found))]
         raise UserError(
             f"{owners[0]} and {owners[1]} have other classes: {shortened(in_order(only[0]))} against"

@@ -192,10 +192,10 @@ class ImageData(LightningDataModule):
         names = self.classes("test")
         return None if names is None else sorted(names)
 
-    def places(self, names: Sequence[str] | None, owner: str = "the net") -> list[int] | None:
+    def places(self, names: Sequence[str] | None, owner: str | None = None) -> list[int] | None:
         """The label of each class of the test split for a net whose classes have these names; None: as they are.
 
-        A net without names is taken to have been trained in the old order, which is said once.
+        A net without names is taken to have been trained in the old order, which is said where its owner is named.
 
         Raises:
             UserError: The names are not the same; the line has them.
@@ -203,9 +203,9 @@ class ImageData(LightningDataModule):
         found, old = self.classes("test"), self.old_order()
         if found is None or old is None:
             return None
-        if names is None and old:
+        if names is None and old and owner is not None:
             said(f"{owner} does not name its classes: its labels are taken in the order {classes.shortened(old)}")
-        return classes.places(found, old if names is None else names, (f"the test images in {self.root}", owner))
+        return classes.places(found, old if names is None else names, (f"the test images in {self.root}", owner or "the net"))
 
     def test_for(self, names: Sequence[str] | None) -> tuple[Tensor, Tensor]:
         """Images and labels of the test split, as `arrays`, the labels those of a net with these classes."""

@@ -68,7 +68,7 @@ def audited(
         "source": source.identity if source else None,
         "test": data.fingerprint("test"),
         "balanced": data.subset if data.subset == "stratified" else data.subset is not None,
-        "classes": data.places(module.classes),
+        "classes": data.places(module.classes, str(facts["run"])),
         "n": len(labels),
         "numerics": redoubt.NUMERICS,
     }
