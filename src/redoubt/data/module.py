@@ -205,7 +205,8 @@ class ImageData(LightningDataModule):
             return None
         if names is None and old and owner is not None:
             said(f"{owner} does not name its classes: its labels are taken in the order {classes.shortened(old)}")
-        return classes.places(found, old if names is None else names, (f"the test images in {self.root}", owner or "the net"))
+        owners = (f"the test images in {self.root}", owner or "the net")
+        return classes.places(found, old if names is None else names, owners)
 
     def test_for(self, names: Sequence[str] | None) -> tuple[Tensor, Tensor]:
         """Images and labels of the test split, as `arrays`, the labels those of a net with these classes."""

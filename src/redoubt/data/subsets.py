@@ -31,10 +31,10 @@ def balanced_order(labels: Tensor, numbers: torch.Generator) -> Tensor:
 def proportional_order(labels: Tensor, numbers: torch.Generator) -> Tensor:
     """All rows, so that in any first n of them the classes have their shares of the whole, each class shuffled.
 
-    The i-th of a class's m members (from 0) stands at (i + u) / m of the way, with one u in (0, 1) for the class, so that
-    its count among the first n is n m / N, rounded up or down. The u of the K classes are 1/2K, 3/2K, ... in a random
-    order: many small classes, alike in size, come in one after the other and not all at once. A subset of the first
-    m > n holds that of the first n.
+    The i-th of a class's m members (from 0) stands at (i + u) / m of the way, with one u in (0, 1) for the class, so
+    that its count among the first n is n m / N, rounded up or down. The u of the K classes are 1/2K, 3/2K, ... in a
+    random order: many small classes, alike in size, come in one after the other and not all at once. A subset of the
+    first m > n holds that of the first n.
 
     Args:
         labels: int64 ``[N]``.
