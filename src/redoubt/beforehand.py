@@ -33,6 +33,8 @@ def look(command: str, cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def _train(cfg: DictConfig) -> None:
+    if cfg.extend is not None:
+        origin_of(cfg)
     if cfg.plan:
         return
     if not cfg.trainer.fast_dev_run and not Path(str(cfg.data.root), "val").is_dir():  # else a matter of the data
@@ -44,6 +46,20 @@ def _train(cfg: DictConfig) -> None:
         pretrained(wanted, Store(cfg.paths.outputs))
     except UserError as error:
         raise UserError(f"defense.pretrained={wanted}: {error}") from error
+
+
+def origin_of(cfg: DictConfig) -> Run:
+    """The run that ``extend`` names.
+
+    Raises:
+        UserError: There is none, or it is not finished.
+    """
+    try:
+        run = Store(cfg.paths.outputs).find(str(cfg.extend))
+        run.must_be_finished()
+    except UserError as error:
+        raise UserError(f"extend={cfg.extend}: {reason(error, str(cfg.extend))}") from error
+    return run
 
 
 def pretrained(wanted: str, store: Store) -> Run:

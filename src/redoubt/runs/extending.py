@@ -14,13 +14,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from redoubt import config
+from redoubt.beforehand import origin_of
 from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError, shown
 from redoubt.runs.checkpoints import read_checkpoint, write_checkpoint
 from redoubt.runs.identity import WITHOUT, deciding, differences, leaves, plain
 from redoubt.runs.loading import same_config
-from redoubt.runs.store import Run, Store, reason
+from redoubt.runs.store import Run, Store
 from redoubt.secrets import HIDDEN, redacted
 
 #: Where weights, optimizer and step counter of a run would not be those of the longer one.
@@ -75,20 +76,6 @@ def extended(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     found.axes.attack = now.axes.attack
     found.extend = origin.name
     return config.resolve(found)
-
-
-def origin_of(cfg: DictConfig) -> Run:
-    """The run that ``extend`` names.
-
-    Raises:
-        UserError: There is none, or it is not finished.
-    """
-    try:
-        run = Store(cfg.paths.outputs).find(str(cfg.extend))
-        run.must_be_finished()
-    except UserError as error:
-        raise UserError(f"extend={cfg.extend}: {reason(error, str(cfg.extend))}") from error
-    return run
 
 
 @dataclass(frozen=True)
