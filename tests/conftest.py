@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Two processes of tests share two cores: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Composing makes many small objects: to search them for cycles ever so often takes a tenth of the time.
-gc.set_threshold(100_000)
+gc.set_threshold(20_000)
 
 
 def pytest_collection_finish() -> None:
