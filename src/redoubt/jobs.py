@@ -31,14 +31,13 @@ from redoubt.evaluation.rescore import objections, rescore
 from redoubt.evaluation.results import read_results
 from redoubt.evaluation.suite import suite
 from redoubt.export import export
-from redoubt.nets import load_backbone
 from redoubt.reporting import wandb_run
 from redoubt.reporting.table import audit_table, rescored_table, results_table
 from redoubt.runs import running
 from redoubt.runs.extending import extended
-from redoubt.runs.files import read_json, split_choice
+from redoubt.runs.files import read_json
 from redoubt.runs.identity import canonical, deciding, digest, leaves, plain
-from redoubt.runs.loading import classes_of, load, weights_hash
+from redoubt.runs.loading import fill, load, weights_hash
 from redoubt.runs.store import Run, Store
 from redoubt.secrets import HIDDEN
 from redoubt.sweeps import judges
@@ -217,9 +216,7 @@ def evaluate_only(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         return results
     data = _data(cfg, only_test=True)
     module = build_module(cfg)
-    load_backbone(module.net, str(cfg.checkpoint))
-    file = split_choice(str(cfg.checkpoint))[0]
-    module.classes = classes_of(file)
+    file = fill(module, str(cfg.checkpoint))
     folder = Path(cfg.paths.outputs) / "eval"
     results = _judge(module, cfg, data, file.stem, str(cfg.checkpoint), folder)
     _show([results], folder / results["evaluation"])
@@ -246,10 +243,7 @@ def audit(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         cfg.compile = False
         _normalisation(cfg, build_data(cfg))
         module, which = build_module(cfg), str(cfg.checkpoint)
-        load_backbone(module.net, which)
-        file = split_choice(which)[0]
-        module.classes = classes_of(file)
-        name, folder, weights_id = file.stem, Path(cfg.paths.outputs), _weights_id(module, cfg)
+        name, folder, weights_id = fill(module, which).stem, Path(cfg.paths.outputs), _weights_id(module, cfg)
     radius(suite(plain(cfg.attack)))  # before the natural twin is trained
     data = _data(cfg, only_test=True)
     facts = {"run": name, "checkpoint": which, "weights": str(cfg.evaluation.weights)}

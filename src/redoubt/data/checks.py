@@ -41,15 +41,12 @@ def check_options(*, source: str, val_fraction: float, mean: Any, std: Any, **nu
     if isinstance(val_fraction, str) or not 0 <= val_fraction < 1:
         raise UserError(f"data.val_fraction={val_fraction} is not in [0, 1); 0.02 holds out 2 %")
     for key, value in numbers.items():
-        if value is None:
-            continue
-        if key == "image_size" and isinstance(value, list | tuple):  # [height, width]
-            for side in value:
-                check_options(source=source, val_fraction=0, mean=None, std=None, image_size=side)
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < LEAST[key]:
-            off = ", or null for all" if key.startswith("limit") else ""
-            raise UserError(f"data.{key}={value}: it takes a whole number of {LEAST[key]} or more{off}")
+        for number in value if key == "image_size" and isinstance(value, list | tuple) else [value]:
+            if number is None:
+                continue
+            if isinstance(number, bool) or not isinstance(number, int) or number < LEAST[key]:
+                off = ", or null for all" if key.startswith("limit") else ""
+                raise UserError(f"data.{key}={number}: it takes a whole number of {LEAST[key]} or more{off}")
     for key, channels in (("mean", mean), ("std", std)):
         if channels is None:
             continue

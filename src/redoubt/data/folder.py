@@ -139,6 +139,8 @@ class Folder(Source):
     version = 2
     #: What else may help where a split is missing.
     otherwise = ", point data.root at them, or set data.source=official"
+    #: Whether images of another size are resized.
+    resize = False
 
     def __init__(self, **where: Any) -> None:
         super().__init__(**where)
@@ -162,8 +164,14 @@ class Folder(Source):
     def decode(self, split: str, allocate: Allocate) -> np.ndarray:
         listed = self._list(split)
         names = [file.path for _, file in listed]
-        decode_images(allocate(len(listed)), names, lambda path: path, f"{self.name} {split}")
+        title = f"{self.title} {split}"
+        decode_images(allocate(len(listed)), names, lambda path: path, title, resize=self.resize)
         return np.array([label for label, _ in listed], dtype=np.int64)
+
+    @property
+    def title(self) -> str:
+        """What the images are called where they are decoded."""
+        return self.name
 
     def classes(self, split: str) -> list[str] | None:
         folder = self._folder(split)

@@ -260,6 +260,11 @@ class ImageData(LightningDataModule):
         """By which rule test images are chosen: "stratified" or "balanced"; None where all of them are taken."""
         return None if self.limit_test is None else "balanced" if self.balanced else "stratified"
 
+    @property
+    def recorded_subset(self) -> str | bool:
+        """`subset` as verdicts are kept under: whether there is one, as while all were balanced, or "stratified"."""
+        return self.subset if self.subset == "stratified" else self.subset is not None
+
     def arrays(self, split: str) -> tuple[Tensor, Tensor]:
         """Images uint8 ``[N, 3, H, W]`` and labels int64 ``[N]`` of a split or subset, see `index`.
 

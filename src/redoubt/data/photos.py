@@ -9,9 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from redoubt.data.folder import Folder
-from redoubt.data.images import decode_images
 from redoubt.data.module import ImageData
-from redoubt.data.source import Allocate, Fake, Source
+from redoubt.data.source import Fake, Source
 from redoubt.data.subsets import first
 from redoubt.errors import UserError
 
@@ -23,12 +22,11 @@ class PhotoFolder(Folder):
 
     kind = "photos"
     otherwise = " or point data.root at them"
+    resize = True
 
-    def decode(self, split: str, allocate: Allocate) -> np.ndarray:
-        listed = self._list(split)
-        names = [file.path for _, file in listed]
-        decode_images(allocate(len(listed)), names, lambda path: path, f"{self.root.name} {split}", resize=True)
-        return np.array([label for label, _ in listed], dtype=np.int64)
+    @property
+    def title(self) -> str:
+        return self.root.name
 
 
 class Photos(ImageData):

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from redoubt.errors import UserError
 from redoubt.rng import generator
+
+
+def _by_class(labels: Tensor, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
+    """All rows, those of each class together and shuffled, and how many each class has."""
+    shuffled = torch.randperm(len(labels), generator=numbers)
+    return shuffled[labels[shuffled].argsort(stable=True)], labels.bincount()
+
+
+def _turns(counts: Tensor) -> Tensor:
+    """The place of each of the rows of `_by_class` within its class, from 0."""
+    return torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
 def balanced_order(labels: Tensor, numbers: torch.Generator) -> Tensor:
@@ -21,10 +34,8 @@ def balanced_order(labels: Tensor, numbers: torch.Generator) -> Tensor:
     Returns:
         int64 ``[N]``, a permutation.
     """
-    shuffled = torch.randperm(len(labels), generator=numbers)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    counts = labels.bincount()
-    turn = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    by_class, counts = _by_class(labels, numbers)
+    turn = _turns(counts)
     return by_class[turn.argsort(stable=True)]  # stable: within a turn, classes stay in order
 
 
@@ -43,10 +54,8 @@ def proportional_order(labels: Tensor, numbers: torch.Generator) -> Tensor:
     Returns:
         int64 ``[N]``, a permutation.
     """
-    shuffled = torch.randperm(len(labels), generator=numbers)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    counts = labels.bincount()
-    turn = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    by_class, counts = _by_class(labels, numbers)
+    turn = _turns(counts)
     begin = (torch.randperm(len(counts), generator=numbers).double() + 0.5) / len(counts)
     way = (turn + begin.repeat_interleave(counts)) / counts.repeat_interleave(counts)
     return by_class[way.argsort(stable=True)]
@@ -89,23 +98,19 @@ def proportional_split(labels: Tensor, fraction: float, numbers: torch.Generator
             f"data.val_fraction={fraction} leaves class {int(lost[0])} without a training image (it has"
             f" {int(counts[lost[0]])}); lower it"
         )
-    shuffled = torch.randperm(len(labels), generator=numbers)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)].split(counts.tolist())
-    held_out = torch.cat([members[:k] for members, k in zip(by_class, take.tolist(), strict=True)]).sort().values
-    stays = torch.ones(len(labels), dtype=torch.bool)
-    stays[held_out] = False
-    return stays.nonzero().squeeze(1), held_out
+    return _split_off(labels, take.tolist(), numbers)
 
 
 def split_each(labels: Tensor, fraction: float, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
     """Rows that stay and rows that are split off, in each class the same fraction, rounded; ascending."""
-    shuffled = torch.randperm(len(labels), generator=numbers)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    classes = by_class.split(labels.bincount().tolist())
-    held_out = torch.cat([members[: round(fraction * len(members))] for members in classes]).sort().values
-    stays = torch.ones(len(labels), dtype=torch.bool)
-    stays[held_out] = False
-    return stays.nonzero().squeeze(1), held_out
+    return _split_off(labels, [round(fraction * count) for count in labels.bincount().tolist()], numbers)
+
+
+def _split_off(labels: Tensor, take: Sequence[int], numbers: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows that stay and rows that are split off, so many of each class; ascending."""
+    by_class, counts = _by_class(labels, numbers)
+    off = _turns(counts) < torch.tensor(take).repeat_interleave(counts)
+    return by_class[~off].sort().values, by_class[off].sort().values
 
 
 def first(labels: Tensor, n: int, seed: int, balanced: bool = False, purpose: str = "limit") -> Tensor:

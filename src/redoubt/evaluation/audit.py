@@ -498,9 +498,8 @@ class Audit:
         with own_randomness(self.draws(name).library_seed, self.device):
             found = attack(self.logits, x, y, self.draws(name))
         adv, broken = found if isinstance(found, tuple) else (found, None)
-        right = self.right(adv, y) & (
-            self.natural if rows is None else self.natural[rows]
-        )  # what is wrong at x is broken
+        natural = self.natural if rows is None else self.natural[rows]
+        right = self.right(adv, y) & natural  # what is wrong at x is broken
         return right if broken is None else right & ~broken
 
     def share(self, flags: Tensor) -> float:

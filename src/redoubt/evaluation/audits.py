@@ -67,7 +67,7 @@ def audited(
         "weights": weights_id,
         "source": source.identity if source else None,
         "test": data.fingerprint("test"),
-        "balanced": data.subset if data.subset == "stratified" else data.subset is not None,
+        "balanced": data.recorded_subset,
         "classes": data.places(module.classes, str(facts["run"])),
         "n": len(labels),
         "numerics": redoubt.NUMERICS,

@@ -102,7 +102,7 @@ def evaluate(
         "seed": options["seed"],
         "weights": weights_id,
         "test": data.fingerprint("test"),
-        "balanced": data.subset if data.subset == "stratified" else data.subset is not None,  # then in another order
+        "balanced": data.recorded_subset,
         "classes": order,
     }
     kept = Kept(folder / "kept", common, save) if folder is not None else None

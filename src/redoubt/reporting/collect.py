@@ -57,6 +57,12 @@ class Evaluation:
         found: Mapping[str, Any] | None = self.results.get("threat")
         return found or {"norm": None, "eps": None}
 
+    @property
+    def subset(self) -> str | None:
+        """How its test images were chosen; None: all were taken. Old evaluations, which do not say, are balanced."""
+        settings = self.settings
+        return None if settings.get("limit_test") is None else settings.get("subset") or "balanced"
+
     def examples(self) -> dict[str, np.ndarray] | None:
         """The first few test images and what the attacks made of them; None where none were kept.
 

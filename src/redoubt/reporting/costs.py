@@ -18,7 +18,7 @@ from redoubt.reporting.match import composed, recipe
 from redoubt.reporting.protocol import nearest
 from redoubt.reporting.published import Published, find
 from redoubt.reporting.sheet import Sheet, wide_console
-from redoubt.reporting.throughput import Throughput, measured
+from redoubt.reporting.throughput import Throughput, measured, trained_on
 from redoubt.runs.identity import plain
 from redoubt.runs.store import Store
 from redoubt.runs.twin import twin_config
@@ -57,9 +57,7 @@ class Job:
     @property
     def images(self) -> int:
         """Training images that it sees, over all epochs."""
-        data, there = self.cfg.data, IMAGES[self.cfg.axes.data]
-        used = min(there, data.limit_train or there)
-        return (used - round(used * float(data.val_fraction))) * int(self.cfg.trainer.max_epochs)
+        return trained_on(self.cfg, IMAGES[self.cfg.axes.data]) * int(self.cfg.trainer.max_epochs)
 
     @property
     def key(self) -> str:

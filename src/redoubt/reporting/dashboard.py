@@ -129,8 +129,8 @@ def _again(run: Record, outputs: str) -> str:
     if not run.evaluations:
         return shlex.join([*words, "attack=none"])
     newest = run.evaluations[0]
-    limit, rule = newest.settings.get("limit_test"), newest.settings.get("subset")
+    limit = newest.settings.get("limit_test")
     words += [f"attack={newest.attack}", *([] if limit is None else [f"data.limit_test={limit}"])]
-    if limit is not None and rule != "stratified":
-        words.append("data.balanced=true")  # as old ones are
+    if newest.subset == "balanced":
+        words.append("data.balanced=true")
     return shlex.join(words)

@@ -45,8 +45,7 @@ class Protocol:
 def protocol(evaluation: Evaluation) -> Protocol:
     """The protocol of an evaluation."""
     limit = evaluation.settings.get("limit_test")
-    # The limits of old evaluations, which name no rule, were balanced.
-    special = "" if limit is None else f", {limit} images{subset(evaluation.settings.get('subset') or 'balanced')}"
+    special = "" if limit is None else f", {limit} images{subset(evaluation.subset)}"
     if not evaluation.own:
         special += f", {weights(evaluation.results)}"
     settings, found, shown = evaluation.settings, evaluation.threat, suite_title(evaluation.results)

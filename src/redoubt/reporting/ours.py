@@ -96,8 +96,8 @@ def _protocol(evaluation: Evaluation) -> str:
     """Equal for evaluations whose numbers may be averaged over seeds."""
     results, settings = evaluation.results, evaluation.settings
     parts = {"suite": evaluation.attack, "attack": settings.get("attack"), "limit": settings.get("limit_test")}
-    if parts["limit"] is not None:
-        parts["subset"] = settings.get("subset") or "balanced"
+    if evaluation.subset is not None:
+        parts["subset"] = evaluation.subset
     same = {key: results[key] for key in ("n", "weights", "checkpoint")}
     return json.dumps(canonical({**parts, **same}), sort_keys=True)
 

@@ -16,6 +16,7 @@ from redoubt.build import build_data, build_module
 from redoubt.data import ImageData
 from redoubt.data.loader import count_batches
 from redoubt.defenses import RobustModule
+from redoubt.reporting.throughput import trained_on
 from redoubt.runs.extending import Origin
 from redoubt.runs.identity import identity
 from redoubt.runs.start import starting_point
@@ -84,8 +85,7 @@ def show_plan(cfg: DictConfig, console: Console) -> None:
 def _published(cfg: DictConfig, data: ImageData) -> tuple[int, int]:
     """Training and test images of the published files, less validation and limits."""
     train, test = data.published
-    train = min(train, cfg.data.limit_train or train)
-    return train - round(train * float(cfg.data.val_fraction)), min(test, cfg.data.limit_test or test)
+    return trained_on(cfg, train), min(test, cfg.data.limit_test or test)
 
 
 def measure(module: RobustModule, data: ImageData, n: int, device: str, precision: str) -> tuple[float, float]:

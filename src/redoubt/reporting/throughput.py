@@ -15,6 +15,12 @@ from redoubt.units import height_width
 SPEED = (("trainer", "precision"), ("trainer", "accumulate"), ("compile",), ("channels_last",))
 
 
+def trained_on(cfg: Any, there: int) -> int:
+    """Training images of so many that there are, less limit and validation split."""
+    used = min(there, cfg.data.limit_train or there)
+    return used - round(used * float(cfg.data.val_fraction))
+
+
 @dataclass(frozen=True)
 class Throughput:
     """Training images per second of one device.

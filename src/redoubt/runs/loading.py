@@ -18,8 +18,9 @@ from redoubt.allowed import check_plain
 from redoubt.build import build_module
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
-from redoubt.nets import load_weights
+from redoubt.nets import load_backbone, load_weights
 from redoubt.runs.checkpoints import read_checkpoint
+from redoubt.runs.files import split_choice
 from redoubt.runs.identity import WITHOUT, deciding, differences
 from redoubt.runs.store import Run, Store
 
@@ -87,6 +88,18 @@ def classes_of(file: Path) -> list[str] | None:
             return _names(json.loads(opened.metadata()["redoubt"]))
     run = Run(file.resolve().parent.parent)
     return run.classes() if run.exists() else None
+
+
+def fill(module: RobustModule, wanted: str) -> Path:
+    """Loads the weights that ``file`` or ``file::name`` stands for into a module's net, and the names of its classes.
+
+    Returns:
+        The file.
+    """
+    load_backbone(module.net, wanted)
+    file, _ = split_choice(wanted)
+    module.classes = classes_of(file)
+    return file
 
 
 def _names(facts: Any) -> list[str] | None:

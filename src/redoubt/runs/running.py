@@ -19,13 +19,12 @@ from redoubt.data import ImageData
 from redoubt.defenses import RobustModule
 from redoubt.errors import UserError
 from redoubt.evaluation.record import Source, evaluate
-from redoubt.nets import load_backbone
 from redoubt.reporting.wandb_log import log_evaluation
 from redoubt.runs.checkpoints import checksum_file, newest, strip
 from redoubt.runs.extending import Origin, nearest
 from redoubt.runs.files import read_rows, split_choice, write_json
 from redoubt.runs.identity import canonical, decides, differences, identity, plain
-from redoubt.runs.loading import classes_of, is_exported, load, weights_hash
+from redoubt.runs.loading import fill, is_exported, load, weights_hash
 from redoubt.runs.start import Start, starting_point, trained_net, twin_config
 from redoubt.runs.store import Run, Store, readable_name, reason
 from redoubt.secrets import redacted
@@ -261,8 +260,7 @@ def transfer_source(cfg: DictConfig, data: ImageData, wanted: str | None = None,
             module = load(file)
         elif file.is_file():
             module = build_module(twin_config(cfg, defense="none", base="standard"))
-            load_backbone(module.net, wanted)
-            module.classes = classes_of(file)
+            fill(module, wanted)
         else:
             run = Store(cfg.paths.outputs).find(wanted)
             run.must_be_finished()
