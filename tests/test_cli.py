@@ -225,8 +225,10 @@ def test_a_training_whose_reader_has_left_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("runs", "ls"), ("runs", "ls", "--json"), ("eval", "attack=fgsm"), ("--help",)])
-def test_commands_whose_reader_has_left_end_well(trained: tuple[Path, Command], command: tuple[str, ...]) -> None:
-    folder, _ = trained
+def test_commands_whose_reader_has_left_end_well(
+    trained: tuple[Path, Command], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    folder = shutil.copytree(trained[0], tmp_path / "own")  # other tests count what `trained` holds
     words = (*command, f"run={only_run(folder).name}") if command[0] == "eval" else command
     assert start(folder, *words, before=LEFT).end().code == 0
 
